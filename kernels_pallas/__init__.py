@@ -1,0 +1,1 @@
+"""Attention, KV-cache and sampling kernels for paged LLM inference. Depends on jax alone."""
