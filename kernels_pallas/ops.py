@@ -1,8 +1,9 @@
-"""The public operations: shapes, supported ranges and errors. Each picks its implementation by device, dtype and shape.
+"""The public operations: shapes, supported ranges and errors. Each picks its implementation itself.
 
 Axes: B lanes, T packed tokens, R rows, P pages, MP pages of a row, S page size, N query heads, K kv heads,
-G = N // K, H head dim, V vocabulary. Key and value pages are `[P, K, S, H]`; a row's KV position t lives in page
-`page_table[row, t // S]` at offset `t % S`. Pages that no row uses, and offsets past a row's length, may hold anything.
+G = N // K, H head dim, V vocabulary. Key and value pages are `[P, K, S, H]`; a row's KV position t lives in
+page `page_table[row, t // S]` at offset `t % S`. Pages that no row uses, and offsets past a row's length,
+may hold anything.
 """
 
 from typing import Literal
@@ -23,7 +24,8 @@ def write_kv(
     Args:
         k_pages, v_pages: [P, K, S, H].
         k, v: [T, K, H], cast to the dtype of the pages.
-        slots: [T] int32, `page * S + offset`; slots outside [0, P * S) are dropped (padding). Slots are distinct.
+        slots: [T] int32, `page * S + offset`; slots outside [0, P * S) are dropped (padding).
+            The slots inside are distinct.
 
     Returns:
         (k_pages, v_pages) with the tokens stored.
@@ -116,19 +118,20 @@ def ragged_prefill(
     sinks: jax.Array | None = None,
     implementation: Implementation | None = None,
 ) -> jax.Array:
-    """Causal attention of chunks of query tokens, several rows packed, over paged keys and values (grouped-query).
+    """Causal attention of packed chunks of query tokens over paged keys and values (grouped-query).
 
-    The keys and values of the chunks are already in the pages. Query j of a row of n query tokens sits at position
-    `lengths[row] - n + j` and sees the positions up to its own, so cached prefixes, later chunks, single decode
-    tokens and a few speculative tokens are all the same case.
+    The keys and values of the chunks are already in the pages. Query j of a row of n query tokens sits at
+    position `lengths[row] - n + j` and sees the positions up to its own, so cached prefixes, later chunks,
+    single decode tokens and a few speculative tokens are all the same case.
 
     Args:
         q: [T, N, H] packed; row r holds tokens `cu_seqlens[r]` to `cu_seqlens[r + 1]`.
         k_pages, v_pages: [P, K, S, H].
         page_table: [R, MP] int32.
-        cu_seqlens: [R + 1] int32, rising from 0; rows may be empty. Tokens from `cu_seqlens[-1]` on are padding.
+        cu_seqlens: [R + 1] int32, rising from 0; rows may be empty. Tokens from `cu_seqlens[-1]` on are
+            padding.
         lengths: [R] int32, KV tokens of the row after this chunk.
-        sm_scale, window, softcap, sinks, implementation: as in `paged_decode`; the window ends at each query.
+        sm_scale, window, softcap, sinks, implementation: as in `paged_decode`; a window ends at its query.
 
     Returns:
         [T, N, H] in the dtype of q; padding gives zeros.
@@ -163,15 +166,15 @@ def sample(
     seeds: jax.Array,
     positions: jax.Array,
 ) -> jax.Array:
-    """Draw one token per lane: temperature, top-k and top-p together, min-p, then a seeded Gumbel draw; no sort.
+    """Draw one token per lane: temperature, top-k with top-p, min-p, then a seeded Gumbel draw; no sort.
 
-    A token is kept while fewer than top_k tokens lie strictly above it, their probability mass is at most top_p, and
-    its own probability is at least min_p times the largest; ties count in the order of their ids. A lane's draw
-    depends on its own row, seed and position only, so it is the same in any batch.
+    A token is kept while fewer than top_k tokens lie strictly above it, their probability mass is at most
+    top_p, and its own probability is at least min_p times the largest; ties count in the order of their ids.
+    A lane's draw depends on its own row, seed and position only, so it is the same in any batch.
 
     Args:
         logits: [B, V] float32; a token at -inf is never drawn beside a finite one.
-        temperature: [B] float32; 0 is greedy (the lowest id among the largest), whatever the other options say.
+        temperature: [B] float32; 0 is greedy (the lowest id among the largest), whatever the others say.
         top_k: [B] int32, at least 1; V or more keeps all.
         top_p, min_p: [B] float32 in [0, 1]; 1 and 0 keep all.
         seeds: [B] int32 or uint32.

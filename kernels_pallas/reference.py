@@ -1,9 +1,9 @@
-"""Every op of the package in plain jax.numpy: the specification of the kernels, and the path of CPUs and other GPUs.
+"""Every op of the package in plain jax.numpy: the kernels' specification, and the path of other devices.
 
-Attention walks blocks of pages with dynamic trip counts and an online softmax in float32, so its cost follows the
-actual lengths and not the capacity of the page table. Works under `jit` and inside `shard_map` over the kv heads.
-Axes: B lanes, T packed tokens, R rows, P pages, MP pages of a row, S page size, N query heads, K kv heads,
-G = N // K, H head dim, V vocabulary.
+Attention walks blocks of pages with dynamic trip counts and an online softmax in float32, so its cost follows
+the actual lengths and not the capacity of the page table. Works under `jit` and inside `shard_map` over the
+kv heads. Axes: B lanes, T packed tokens, R rows, P pages, MP pages of a row, S page size, N query heads,
+K kv heads, G = N // K, H head dim, V vocabulary.
 """
 
 import math
@@ -162,7 +162,7 @@ def _tile_size(num_tokens: int, num_rows: int) -> int:
 
 def _gather(pages: jax.Array, ids: jax.Array) -> jax.Array:
     """Pages [P, K, S, H] at ids [..., n] as float32 [..., K, n * S, H]."""
-    num_pages, num_kv_heads, page_size, head_dim = pages.shape
+    _, num_kv_heads, page_size, head_dim = pages.shape
     block = jnp.take(pages, ids, axis=0, mode="clip")  # [..., n, K, S, H]
     block = jnp.moveaxis(block, -4, -3)  # [..., K, n, S, H]
     shape = (*ids.shape[:-1], num_kv_heads, ids.shape[-1] * page_size, head_dim)
@@ -206,7 +206,7 @@ def _normalise(carry, sinks: jax.Array | None) -> jax.Array:
 
 
 def gumbel_noise(seeds: jax.Array, positions: jax.Array, vocab_size: int) -> jax.Array:
-    """Standard Gumbel noise [B, V] float32 of each lane's (seed, position). See `kernels_pallas.gumbel_noise`."""
+    """Standard Gumbel noise [B, V] float32. See `kernels_pallas.gumbel_noise`."""
     row_keys = _row_keys(seeds, positions)
     tokens = jnp.arange(vocab_size, dtype=jnp.uint32)
     return gumbel_from_bits(hash_tokens(row_keys[0][:, None], row_keys[1][:, None], tokens[None, :]))
@@ -235,7 +235,7 @@ def hash_tokens(first: jax.Array, second: jax.Array, tokens: jax.Array) -> jax.A
 
 
 def gumbel_from_bits(bits: jax.Array) -> jax.Array:
-    """-log(-log(1 - u)) for u = (bits + 1/2) / 2**32; fine resolution at small u, which are the winning draws."""
+    """-log(-log(1 - u)), u = (bits + 1/2) / 2**32: finest where u is small, which are the winning draws."""
     u = jnp.minimum((bits.astype(jnp.float32) + 0.5) * 2.0**-32, 1.0 - 2.0**-24)
     series = u * (1.0 + u * (0.5 + u * (1.0 / 3.0 + u * 0.25)))  # 1 - u would round the small u away
     exponential = jnp.where(u < 2.0**-6, series, -jnp.log(1.0 - u))
@@ -271,11 +271,18 @@ def sample(
         )
         keep &= weights >= min_p[:, None]
         noisy = scaled + gumbel_noise(seeds, positions, logits.shape[1])
-        return jnp.where(keep, noisy, -jnp.inf).argmax(axis=-1).astype(jnp.int32)
+        return _first_argmax(jnp.where(keep, noisy, -jnp.inf))
 
-    best = logits.argmax(axis=-1).astype(jnp.int32)
+    best = _first_argmax(logits)
     tokens = jnp.where(greedy, best, lax.cond(greedy.all(), lambda: best, draw))
     return jnp.where(jnp.isnan(maximum), -1, tokens)
+
+
+def _first_argmax(x: jax.Array) -> jax.Array:
+    """Lowest index of the row maximum, [B] int32; two plain reductions, which CPUs run faster than argmax."""
+    x = lax.optimization_barrier(x)  # both passes must see the same rounding of x
+    index = lax.broadcasted_iota(jnp.int32, x.shape, 1)
+    return jnp.where(x == x.max(axis=-1, keepdims=True), index, x.shape[1]).min(axis=-1)
 
 
 def order_key(x: jax.Array) -> jax.Array:
@@ -285,7 +292,7 @@ def order_key(x: jax.Array) -> jax.Array:
 
 
 def _keep_top(scaled, weights, truncated, top_k, top_p):
-    """Mask [B, V] of top-k and top-p together, by bisection over the 32-bit keys: no sort of the vocabulary."""
+    """Mask [B, V] of top-k and top-p together, by bisection over the 32-bit keys instead of a sort."""
     keys = order_key(scaled)
     total = weights.sum(axis=-1)
     budget = jnp.where(top_p < 1.0, top_p * total, jnp.inf)  # [B] mass that may lie before a kept token

@@ -1,4 +1,4 @@
-"""Float64 NumPy models of the operations, and random paged inputs with poison wherever nothing may be read."""
+"""Float64 NumPy models of the operations, and random paged inputs with poison where nothing may be read."""
 
 from dataclasses import dataclass
 
@@ -43,7 +43,7 @@ def paged(rng, lengths, num_kv_heads, head_dim, page_size, *, spare_pages=3, poi
 
 
 def attend(q, keys, values, first_position, *, sm_scale=None, window=None, softcap=None, sinks=None):
-    """Attention of q [n, N, H] at positions first_position.. over keys, values [K, length, H]; float64 [n, N, H]."""
+    """Attention of q [n, N, H] at first_position.. over keys, values [K, length, H]; float64 [n, N, H]."""
     n, num_heads, head_dim = q.shape
     num_kv_heads, length, _ = keys.shape
     q = q.astype(np.float64).reshape(n, num_kv_heads, num_heads // num_kv_heads, head_dim)
@@ -90,7 +90,7 @@ def relative_error(got, want) -> float:
 
 
 def kept_tokens(logits, temperature, top_k, top_p, min_p):
-    """Mask [V] of one row by a sort: the tokens that top-k, top-p and min-p leave (specification of `sample`)."""
+    """Mask [V] of one row by a sort: the tokens that top-k, top-p and min-p leave."""
     scaled = logits.astype(np.float64) / temperature
     probabilities = np.exp(scaled - scaled.max())
     probabilities /= probabilities.sum()

@@ -1,4 +1,4 @@
-"""The jnp attention against float64 over drawn shapes, permuted pages and NaN wherever nothing may be read."""
+"""The jnp attention against float64 over drawn shapes, permuted pages and NaN where nothing may be read."""
 
 import jax
 import jax.numpy as jnp
