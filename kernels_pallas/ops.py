@@ -1,0 +1,246 @@
+"""The public operations: shapes, supported ranges and errors. Each picks its implementation itself.
+
+Axes: B lanes, T packed tokens, R rows, P pages, MP pages of a row, S page size, N query heads, K kv heads,
+G = N // K, H head dim, V vocabulary. Key and value pages are `[P, K, S, H]`; a row's KV position t lives in
+page `page_table[row, t // S]` at offset `t % S`. Pages that no row uses, and offsets past a row's length,
+may hold anything.
+"""
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+from kernels_pallas import reference
+
+Implementation = Literal["reference"]
+
+
+def write_kv(
+    k_pages: jax.Array, v_pages: jax.Array, k: jax.Array, v: jax.Array, slots: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Store the keys and values of T new tokens; in place when the pages are donated.
+
+    Args:
+        k_pages, v_pages: [P, K, S, H].
+        k, v: [T, K, H], cast to the dtype of the pages.
+        slots: [T] int32, `page * S + offset`; slots outside [0, P * S) are dropped (padding).
+            The slots inside are distinct.
+
+    Returns:
+        (k_pages, v_pages) with the tokens stored.
+    """
+    _check_pages(k_pages, v_pages)
+    _, num_kv_heads, _, head_dim = k_pages.shape
+    wanted = (slots.shape[0], num_kv_heads, head_dim)
+    if k.shape != wanted or v.shape != wanted:
+        raise ValueError(f"k and v must be [T, K, H] = {wanted}, got {k.shape} and {v.shape}")
+    return reference.write_kv(k_pages, v_pages, k, v, slots)
+
+
+def copy_pages(pages: jax.Array, src: jax.Array, dst: jax.Array) -> jax.Array:
+    """Copy pages `src[i]` to `dst[i]`, all reads before all writes; in place when the pages are donated.
+
+    Args:
+        pages: [P, K, S, H].
+        src, dst: [C] int32; a dst outside [0, P) is dropped (padding). The dst in range are distinct.
+
+    Returns:
+        pages with the copies made.
+    """
+    if pages.ndim != 4 or src.shape != dst.shape or src.ndim != 1:
+        raise ValueError(
+            f"want pages [P, K, S, H], src [C], dst [C]; got {pages.shape}, {src.shape}, {dst.shape}"
+        )
+    return reference.copy_pages(pages, src, dst)
+
+
+def paged_decode(
+    q: jax.Array,
+    k_pages: jax.Array,
+    v_pages: jax.Array,
+    page_table: jax.Array,
+    lengths: jax.Array,
+    *,
+    sm_scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: jax.Array | None = None,
+    implementation: Implementation | None = None,
+) -> jax.Array:
+    """Attention of one query token per lane over its paged keys and values (grouped-query).
+
+    Args:
+        q: [B, N, H]; N a multiple of K.
+        k_pages, v_pages: [P, K, S, H].
+        page_table: [B, MP] int32.
+        lengths: [B] int32, KV tokens of the lane including the new one; lanes of length 0 give zeros.
+        sm_scale: factor on the scores; H ** -0.5 by default.
+        window: only the last `window` positions are seen, the query's own among them.
+        softcap: scores become `softcap * tanh(scores / softcap)`.
+        sinks: [N], a logit per query head that takes part in the softmax and has no value.
+        implementation: forces one implementation; by default the fastest that supports the operands.
+
+    Returns:
+        [B, N, H] in the dtype of q; the softmax and the sums are float32.
+
+    Raises:
+        ValueError: shapes that do not fit together, or an option out of range.
+    """
+    _check_attention(q, k_pages, v_pages, page_table, lengths, window, softcap, sinks)
+    if page_table.shape[0] != q.shape[0]:
+        raise ValueError(f"page_table has {page_table.shape[0]} rows for {q.shape[0]} lanes")
+    _check_implementation(implementation)
+    return reference.paged_decode(
+        q,
+        k_pages,
+        v_pages,
+        page_table,
+        lengths,
+        sm_scale=sm_scale,
+        window=window,
+        softcap=softcap,
+        sinks=sinks,
+    )
+
+
+def ragged_prefill(
+    q: jax.Array,
+    k_pages: jax.Array,
+    v_pages: jax.Array,
+    page_table: jax.Array,
+    cu_seqlens: jax.Array,
+    lengths: jax.Array,
+    *,
+    sm_scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: jax.Array | None = None,
+    implementation: Implementation | None = None,
+) -> jax.Array:
+    """Causal attention of packed chunks of query tokens over paged keys and values (grouped-query).
+
+    The keys and values of the chunks are already in the pages. Query j of a row of n query tokens sits at
+    position `lengths[row] - n + j` and sees the positions up to its own, so cached prefixes, later chunks,
+    single decode tokens and a few speculative tokens are all the same case.
+
+    Args:
+        q: [T, N, H] packed; row r holds tokens `cu_seqlens[r]` to `cu_seqlens[r + 1]`.
+        k_pages, v_pages: [P, K, S, H].
+        page_table: [R, MP] int32.
+        cu_seqlens: [R + 1] int32, rising from 0; rows may be empty. Tokens from `cu_seqlens[-1]` on are
+            padding.
+        lengths: [R] int32, KV tokens of the row after this chunk.
+        sm_scale, window, softcap, sinks, implementation: as in `paged_decode`; a window ends at its query.
+
+    Returns:
+        [T, N, H] in the dtype of q; padding gives zeros.
+
+    Raises:
+        ValueError: shapes that do not fit together, or an option out of range.
+    """
+    _check_attention(q, k_pages, v_pages, page_table, lengths, window, softcap, sinks)
+    if cu_seqlens.shape != (page_table.shape[0] + 1,):
+        raise ValueError(f"cu_seqlens must be [R + 1] = [{page_table.shape[0] + 1}], got {cu_seqlens.shape}")
+    _check_implementation(implementation)
+    return reference.ragged_prefill(
+        q,
+        k_pages,
+        v_pages,
+        page_table,
+        cu_seqlens,
+        lengths,
+        sm_scale=sm_scale,
+        window=window,
+        softcap=softcap,
+        sinks=sinks,
+    )
+
+
+def sample(
+    logits: jax.Array,
+    temperature: jax.Array,
+    top_k: jax.Array,
+    top_p: jax.Array,
+    min_p: jax.Array,
+    seeds: jax.Array,
+    positions: jax.Array,
+) -> jax.Array:
+    """Draw one token per lane: temperature, top-k with top-p, min-p, then a seeded Gumbel draw; no sort.
+
+    A token is kept while fewer than top_k tokens lie strictly above it, their probability mass is at most
+    top_p, and its own probability is at least min_p times the largest; ties count in the order of their ids.
+    A lane's draw depends on its own row, seed and position only, so it is the same in any batch.
+
+    Args:
+        logits: [B, V] float32; a token at -inf is never drawn beside a finite one.
+        temperature: [B] float32; 0 is greedy (the lowest id among the largest), whatever the others say.
+        top_k: [B] int32, at least 1; V or more keeps all.
+        top_p, min_p: [B] float32 in [0, 1]; 1 and 0 keep all.
+        seeds: [B] int32 or uint32.
+        positions: [B] int32.
+
+    Returns:
+        [B] int32 token ids; -1 for a row that holds a NaN.
+    """
+    if logits.ndim != 2:
+        raise ValueError(f"logits must be [B, V], got {logits.shape}")
+    options = {
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "min_p": min_p,
+        "seeds": seeds,
+        "positions": positions,
+    }
+    for name, option in options.items():
+        if option.shape != logits.shape[:1]:
+            raise ValueError(f"{name} must be [B] = {logits.shape[:1]}, got {option.shape}")
+    return reference.sample(logits, temperature, top_k, top_p, min_p, seeds, positions)
+
+
+def gumbel_noise(seeds: jax.Array, positions: jax.Array, vocab_size: int) -> jax.Array:
+    """Standard Gumbel noise [B, V] float32, a pure function of (seed, position, token id).
+
+    A counter-based generator: two 32-bit keys are hashed from a lane's (seed, position), and a 32-bit
+    multiply-xorshift hash of the token id under both keys gives the bits; `reference.py` is the definition.
+
+    Args:
+        seeds: [B] int32 or uint32.
+        positions: [B] int32.
+        vocab_size: V.
+    """
+    return reference.gumbel_noise(seeds, positions, vocab_size)
+
+
+def _check_implementation(implementation: str | None) -> None:
+    if implementation not in (None, "reference"):
+        raise ValueError(f"implementation {implementation!r} is unknown; use None or 'reference'")
+
+
+def _check_pages(k_pages: jax.Array, v_pages: jax.Array) -> None:
+    if k_pages.ndim != 4 or k_pages.shape != v_pages.shape:
+        raise ValueError(
+            f"k_pages and v_pages must both be [P, K, S, H], got {k_pages.shape} and {v_pages.shape}"
+        )
+
+
+def _check_attention(q, k_pages, v_pages, page_table, lengths, window, softcap, sinks) -> None:
+    _check_pages(k_pages, v_pages)
+    _, num_kv_heads, _, head_dim = k_pages.shape
+    if q.ndim != 3 or q.shape[2] != head_dim or q.shape[1] % num_kv_heads:
+        raise ValueError(
+            f"q must be [tokens, N, H={head_dim}] with N a multiple of K={num_kv_heads}, got {q.shape}"
+        )
+    if page_table.ndim != 2 or lengths.shape != page_table.shape[:1]:
+        raise ValueError(
+            f"want page_table [R, MP] and lengths [R], got {page_table.shape} and {lengths.shape}"
+        )
+    if page_table.dtype != jnp.int32 or lengths.dtype != jnp.int32:
+        raise ValueError(f"page_table and lengths must be int32, got {page_table.dtype} and {lengths.dtype}")
+    if window is not None and window < 1:
+        raise ValueError(f"window must be at least 1 (or None), got {window}")
+    if softcap is not None and softcap <= 0.0:
+        raise ValueError(f"softcap must be positive (or None), got {softcap}")
+    if sinks is not None and sinks.shape != (q.shape[1],):
+        raise ValueError(f"sinks must be [N] = [{q.shape[1]}], got {sinks.shape}")

@@ -1,0 +1,327 @@
+"""Every op of the package in plain jax.numpy: the kernels' specification, and the path of other devices.
+
+Attention walks blocks of pages with dynamic trip counts and an online softmax in float32, so its cost follows
+the actual lengths and not the capacity of the page table. Works under `jit` and inside `shard_map` over the
+kv heads. Axes: B lanes, T packed tokens, R rows, P pages, MP pages of a row, S page size, N query heads,
+K kv heads, G = N // K, H head dim, V vocabulary.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+DECODE_BLOCK = 128  # KV tokens a decode step looks at per trip
+PREFILL_BLOCK = 128
+PREFILL_TILE = 64  # query tokens of one row handled together
+_MASKED = -1e30  # finite: exp(masked - masked) must not be NaN
+
+
+def write_kv(
+    k_pages: jax.Array, v_pages: jax.Array, k: jax.Array, v: jax.Array, slots: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Store the keys and values of T tokens. See `kernels_pallas.write_kv`."""
+    num_pages, _, page_size, _ = k_pages.shape
+    inside = (slots >= 0) & (slots < num_pages * page_size)
+    page = jnp.where(inside, slots // page_size, num_pages)
+    offset = slots % page_size
+    # The two index arrays surround a slice, so the indexed view is [T, K, H].
+    k_pages = k_pages.at[page, :, offset].set(k.astype(k_pages.dtype), mode="drop")
+    v_pages = v_pages.at[page, :, offset].set(v.astype(v_pages.dtype), mode="drop")
+    return k_pages, v_pages
+
+
+def copy_pages(pages: jax.Array, src: jax.Array, dst: jax.Array) -> jax.Array:
+    """Copy whole pages; all reads happen before all writes. See `kernels_pallas.copy_pages`."""
+    num_pages = pages.shape[0]
+    target = jnp.where((dst >= 0) & (dst < num_pages), dst, num_pages)
+    return pages.at[target].set(pages[jnp.clip(src, 0, num_pages - 1)], mode="drop")
+
+
+def paged_decode(
+    q: jax.Array,
+    k_pages: jax.Array,
+    v_pages: jax.Array,
+    page_table: jax.Array,
+    lengths: jax.Array,
+    *,
+    sm_scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: jax.Array | None = None,
+) -> jax.Array:
+    """Attention of one query token per lane. See `kernels_pallas.paged_decode`."""
+    num_lanes, num_heads, head_dim = q.shape
+    _, num_kv_heads, page_size, _ = k_pages.shape
+    group = num_heads // num_kv_heads
+    scale = head_dim**-0.5 if sm_scale is None else sm_scale
+    block_pages, page_table = _page_blocks(page_table, page_size, DECODE_BLOCK)
+    block = block_pages * page_size
+
+    queries = q.astype(jnp.float32).reshape(num_lanes, num_kv_heads, group, head_dim) * scale
+    first = (
+        jnp.zeros_like(lengths) if window is None else jnp.maximum(lengths - window, 0)
+    )  # [B] first visible
+
+    def step(i, carry):
+        ids = lax.dynamic_slice_in_dim(page_table, i * block_pages, block_pages, axis=1)  # [B, n]
+        position = i * block + jnp.arange(block, dtype=jnp.int32)
+        visible = (position >= first[:, None]) & (position < lengths[:, None])  # [B, block]
+        keys = _gather(k_pages, ids)  # [B, K, block, H]
+        values = jnp.where(visible[:, None, :, None], _gather(v_pages, ids), 0.0)
+        scores = jnp.einsum("bkgh,bksh->bkgs", queries, keys, precision=lax.Precision.HIGHEST)
+        return _accumulate(carry, scores, visible[:, None, None, :], values, softcap)
+
+    begin = jnp.min(jnp.where(lengths > 0, first, jnp.iinfo(jnp.int32).max)) // block
+    end = -(-jnp.max(lengths) // block)
+    carry = lax.fori_loop(begin, end, step, _empty(queries))
+    out = _normalise(carry, _sinks(sinks, num_kv_heads, group))
+    out = jnp.where((lengths > 0)[:, None, None, None], out, 0.0)
+    return out.reshape(num_lanes, num_heads, head_dim).astype(q.dtype)
+
+
+def ragged_prefill(
+    q: jax.Array,
+    k_pages: jax.Array,
+    v_pages: jax.Array,
+    page_table: jax.Array,
+    cu_seqlens: jax.Array,
+    lengths: jax.Array,
+    *,
+    sm_scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: jax.Array | None = None,
+) -> jax.Array:
+    """Causal attention of packed query tokens of several rows. See `kernels_pallas.ragged_prefill`."""
+    num_tokens, num_heads, head_dim = q.shape
+    _, num_kv_heads, page_size, _ = k_pages.shape
+    num_rows = page_table.shape[0]
+    group = num_heads // num_kv_heads
+    scale = head_dim**-0.5 if sm_scale is None else sm_scale
+    block_pages, page_table = _page_blocks(page_table, page_size, PREFILL_BLOCK)
+    block = block_pages * page_size
+    tile = _tile_size(num_tokens, num_rows)
+
+    row_tokens = cu_seqlens[1:] - cu_seqlens[:-1]  # [R]
+    tile_ends = jnp.cumsum(-(-row_tokens // tile))  # [R] tiles of the rows so far
+    # One tile of slack, so that the slices of the last tile never clamp.
+    queries = jnp.pad(q.astype(jnp.float32) * scale, ((0, tile), (0, 0), (0, 0)))
+    sink_logits = _sinks(sinks, num_kv_heads, group, repeats=tile)
+
+    def attend(t, out):
+        row = jnp.searchsorted(tile_ends, t, side="right").astype(jnp.int32)
+        index = t - (tile_ends[row] - -(-row_tokens[row] // tile))  # tile number inside the row
+        token = cu_seqlens[row] + index * tile
+        count = jnp.minimum(row_tokens[row] - index * tile, tile)
+        position = lengths[row] - row_tokens[row] + index * tile  # of the tile's first query
+        query_position = position + jnp.arange(tile, dtype=jnp.int32)  # [tile]
+        chunk = lax.dynamic_slice_in_dim(queries, token, tile)  # [tile, N, H]
+        chunk = chunk.reshape(tile, num_kv_heads, group, head_dim)
+        chunk = chunk.transpose(1, 2, 0, 3).reshape(num_kv_heads, group * tile, head_dim)
+        row_pages = page_table[row]
+
+        def step(i, carry):
+            ids = lax.dynamic_slice_in_dim(row_pages, i * block_pages, block_pages)
+            key_position = i * block + jnp.arange(block, dtype=jnp.int32)
+            visible = key_position[None, :] <= query_position[:, None]  # [tile, block]
+            if window is not None:
+                visible &= key_position[None, :] > query_position[:, None] - window
+            keys = _gather(k_pages, ids)  # [K, block, H]
+            written = (key_position < position + count)[None, :, None]
+            values = jnp.where(written, _gather(v_pages, ids), 0.0)
+            scores = jnp.einsum("kqh,ksh->kqs", chunk, keys, precision=lax.Precision.HIGHEST)
+            return _accumulate(carry, scores, jnp.tile(visible, (group, 1))[None], values, softcap)
+
+        begin = 0 if window is None else jnp.maximum(position - window + 1, 0) // block
+        end = -(-(position + count) // block)
+        result = _normalise(lax.fori_loop(begin, end, step, _empty(chunk)), sink_logits)
+        result = result.reshape(num_kv_heads, group, tile, head_dim).transpose(2, 0, 1, 3)
+        result = jnp.where((jnp.arange(tile) < count)[:, None, None, None], result, 0.0)
+        result = result.reshape(tile, num_heads, head_dim)
+        # Rows come in packed order, so what a tile writes past its row is overwritten by the row's successor.
+        return lax.dynamic_update_slice_in_dim(out, result, token, axis=0)
+
+    out = lax.fori_loop(0, tile_ends[-1], attend, jnp.zeros_like(queries))
+    return out[:num_tokens].astype(q.dtype)
+
+
+def _page_blocks(page_table: jax.Array, page_size: int, block: int) -> tuple[int, jax.Array]:
+    """Pages per block, and the table padded to whole blocks (with page 0: what it holds is masked)."""
+    block_pages = min(max(1, block // page_size), page_table.shape[1])
+    missing = -page_table.shape[1] % block_pages
+    return block_pages, jnp.pad(page_table, ((0, 0), (0, missing)))
+
+
+def _tile_size(num_tokens: int, num_rows: int) -> int:
+    """Query tokens per tile: large tiles for long chunks, small ones where rows hold few tokens each."""
+    mean = -(-num_tokens // max(num_rows, 1))
+    return min(PREFILL_TILE, max(8, 1 << (mean - 1).bit_length()))
+
+
+def _gather(pages: jax.Array, ids: jax.Array) -> jax.Array:
+    """Pages [P, K, S, H] at ids [..., n] as float32 [..., K, n * S, H]."""
+    _, num_kv_heads, page_size, head_dim = pages.shape
+    block = jnp.take(pages, ids, axis=0, mode="clip")  # [..., n, K, S, H]
+    block = jnp.moveaxis(block, -4, -3)  # [..., K, n, S, H]
+    shape = (*ids.shape[:-1], num_kv_heads, ids.shape[-1] * page_size, head_dim)
+    return block.reshape(shape).astype(jnp.float32)
+
+
+def _empty(queries: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Accumulator, running maximum and denominator of an online softmax that has seen nothing."""
+    acc = jnp.zeros_like(queries)  # [..., Q, H]; *_like keeps what shard_map knows of the operand
+    return acc, jnp.full_like(queries[..., 0], _MASKED), acc[..., 0]
+
+
+def _accumulate(carry, scores, visible, values, softcap):
+    """One online-softmax update: scores [..., Q, S], values [..., S, H]."""
+    acc, maximum, denominator = carry
+    if softcap is not None:
+        scores = softcap * jnp.tanh(scores / softcap)
+    scores = jnp.where(visible, scores, _MASKED)
+    new_maximum = jnp.maximum(maximum, scores.max(axis=-1))
+    decay = jnp.exp(maximum - new_maximum)
+    weights = jnp.where(visible, jnp.exp(scores - new_maximum[..., None]), 0.0)
+    update = jnp.einsum("...qs,...sh->...qh", weights, values, precision=lax.Precision.HIGHEST)
+    return acc * decay[..., None] + update, new_maximum, denominator * decay + weights.sum(axis=-1)
+
+
+def _sinks(sinks: jax.Array | None, num_kv_heads: int, group: int, repeats: int = 1) -> jax.Array | None:
+    """Sink logits [N] as [K, G * repeats], each query head's logit repeated for its query tokens."""
+    if sinks is None:
+        return None
+    return jnp.repeat(sinks.astype(jnp.float32).reshape(num_kv_heads, group), repeats, axis=1)
+
+
+def _normalise(carry, sinks: jax.Array | None) -> jax.Array:
+    """Divide by the denominator; a sink adds exp(sink) to it and nothing to the output."""
+    acc, maximum, denominator = carry
+    if sinks is not None:
+        new_maximum = jnp.maximum(maximum, sinks)
+        decay = jnp.exp(maximum - new_maximum)
+        acc, denominator = acc * decay[..., None], denominator * decay + jnp.exp(sinks - new_maximum)
+    return acc / jnp.maximum(denominator, 1e-30)[..., None]
+
+
+def gumbel_noise(seeds: jax.Array, positions: jax.Array, vocab_size: int) -> jax.Array:
+    """Standard Gumbel noise [B, V] float32. See `kernels_pallas.gumbel_noise`."""
+    row_keys = _row_keys(seeds, positions)
+    tokens = jnp.arange(vocab_size, dtype=jnp.uint32)
+    return gumbel_from_bits(hash_tokens(row_keys[0][:, None], row_keys[1][:, None], tokens[None, :]))
+
+
+def _row_keys(seeds: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Two 32-bit keys per lane; two, so that no two lanes see shifted copies of one noise sequence."""
+    seed, position = seeds.astype(jnp.uint32), positions.astype(jnp.uint32)
+    first = mix32(mix32(seed + jnp.uint32(0x9E3779B9)) ^ position)
+    return first, mix32(mix32(first + jnp.uint32(0x7F4A7C15)) ^ seed)
+
+
+def mix32(x: jax.Array) -> jax.Array:
+    """The finaliser of MurmurHash3: a bijection of uint32 whose output bits all depend on all input bits."""
+    x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
+    x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
+    return x ^ (x >> 16)
+
+
+def hash_tokens(first: jax.Array, second: jax.Array, tokens: jax.Array) -> jax.Array:
+    """32 random bits of a (lane, token id); all uint32, broadcast together."""
+    x = (tokens * jnp.uint32(0x9E3779B1)) ^ first
+    x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
+    x = (x ^ (x >> 13) ^ second) * jnp.uint32(0xC2B2AE35)
+    return x ^ (x >> 16)
+
+
+def gumbel_from_bits(bits: jax.Array) -> jax.Array:
+    """-log(-log(1 - u)), u = (bits + 1/2) / 2**32: finest where u is small, which are the winning draws."""
+    u = jnp.minimum((bits.astype(jnp.float32) + 0.5) * 2.0**-32, 1.0 - 2.0**-24)
+    series = u * (1.0 + u * (0.5 + u * (1.0 / 3.0 + u * 0.25)))  # 1 - u would round the small u away
+    exponential = jnp.where(u < 2.0**-6, series, -jnp.log(1.0 - u))
+    return -jnp.log(exponential)
+
+
+def sample(
+    logits: jax.Array,
+    temperature: jax.Array,
+    top_k: jax.Array,
+    top_p: jax.Array,
+    min_p: jax.Array,
+    seeds: jax.Array,
+    positions: jax.Array,
+) -> jax.Array:
+    """One token per lane. See `kernels_pallas.sample`."""
+    logits = logits.astype(jnp.float32)
+    maximum = logits.max(axis=-1)  # [B]; NaN if the row holds one
+    greedy = temperature <= 0.0
+
+    def draw():
+        safe = jnp.where(greedy, 1.0, temperature)[:, None]
+        top = maximum[:, None]
+        scaled = jnp.where(
+            logits == top, 0.0, (logits - top) / safe
+        )  # the shift keeps tiny temperatures finite
+        weights = jnp.exp(scaled)
+        truncated = ~greedy & ((top_k < logits.shape[1]) | (top_p < 1.0))
+        keep = lax.cond(
+            truncated.any(),
+            lambda: _keep_top(scaled, weights, truncated, top_k, top_p),
+            lambda: jnp.ones_like(scaled, dtype=bool),
+        )
+        keep &= weights >= min_p[:, None]
+        noisy = scaled + gumbel_noise(seeds, positions, logits.shape[1])
+        return _first_argmax(jnp.where(keep, noisy, -jnp.inf))
+
+    best = _first_argmax(logits)
+    tokens = jnp.where(greedy, best, lax.cond(greedy.all(), lambda: best, draw))
+    return jnp.where(jnp.isnan(maximum), -1, tokens)
+
+
+def _first_argmax(x: jax.Array) -> jax.Array:
+    """Lowest index of the row maximum, [B] int32; two plain reductions, which CPUs run faster than argmax."""
+    x = lax.optimization_barrier(x)  # both passes must see the same rounding of x
+    index = lax.broadcasted_iota(jnp.int32, x.shape, 1)
+    return jnp.where(x == x.max(axis=-1, keepdims=True), index, x.shape[1]).min(axis=-1)
+
+
+def order_key(x: jax.Array) -> jax.Array:
+    """Float32 to int32 with the same order (both zeros become one key)."""
+    bits = lax.bitcast_convert_type(x + 0.0, jnp.int32)
+    return jnp.where(bits < 0, bits ^ jnp.int32(0x7FFFFFFF), bits)
+
+
+def _keep_top(scaled, weights, truncated, top_k, top_p):
+    """Mask [B, V] of top-k and top-p together, by bisection over the 32-bit keys instead of a sort."""
+    keys = order_key(scaled)
+    total = weights.sum(axis=-1)
+    budget = jnp.where(top_p < 1.0, top_p * total, jnp.inf)  # [B] mass that may lie before a kept token
+
+    def above(threshold):
+        larger = keys > threshold[:, None]
+        return larger.sum(axis=-1, dtype=jnp.int32), jnp.where(larger, weights, 0.0).sum(axis=-1)
+
+    def halve(bounds):
+        low, high = bounds  # low is too low, high keeps few enough
+        middle = (low & high) + ((low ^ high) >> 1)  # the mean without overflow
+        count, mass = above(middle)
+        enough = (count < top_k) & (mass <= budget)
+        return jnp.where(enough, low, middle), jnp.where(enough, middle, high)
+
+    def unsettled(bounds):
+        low, high = bounds
+        return (high > low + 1).any()
+
+    high = jnp.zeros_like(top_k)  # the key of the maximum, 0.0
+    low = jnp.where(truncated, jnp.int32(-(2**31)), -1)
+    _, threshold = lax.while_loop(unsettled, halve, (low, high))
+    count, mass = above(threshold)
+    tied = keys == threshold[:, None]
+    tied_weight = jnp.max(jnp.where(tied, weights, 0.0), axis=-1)
+    # The j-th tie stays while count + j < top_k and mass + j * weight <= budget.
+    by_mass = jnp.floor((budget - mass) / jnp.maximum(tied_weight, math.ulp(0.0))) + 1.0
+    allowed = jnp.minimum((top_k - count).astype(jnp.float32), by_mass)
+    all_ties = lambda: tied  # noqa: E731
+    first_ties = lambda: tied & (jnp.cumsum(tied, axis=-1) <= allowed[:, None])  # noqa: E731
+    kept_ties = lax.cond((tied.sum(axis=-1) > allowed).any(), first_ties, all_ties)
+    return jnp.where(truncated[:, None], (keys > threshold[:, None]) | kept_ties, True)
