@@ -1,0 +1,142 @@
+"""Self-attention over a paged KV cache, for packed prompts and for one token per lane."""
+
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from jaxgen.layers.linear import Linear
+from jaxgen.layers.norm import RMSNorm, rms_norm
+from jaxgen.layers.param import TENSOR_AXIS
+from jaxgen.layers.rope import apply_rope
+from kernels_pallas import paged_decode, ragged_prefill, write_kv
+
+KVPages = list[tuple[jax.Array, jax.Array]]
+"""Per layer (k_pages, v_pages), each [P, K, S, H]."""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class PrefillBatch:
+    """Where the packed tokens of a prefill step belong; all int32."""
+
+    slots: jax.Array  # [T] KV slot of each token; out of range for padding
+    page_table: jax.Array  # [R, MP] page ids of each row
+    cu_seqlens: jax.Array  # [R + 1] row r owns packed tokens cu_seqlens[r] .. cu_seqlens[r + 1]
+    lengths: jax.Array  # [R] KV tokens of each row after this step
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class DecodeBatch:
+    """Where the single new token of each lane belongs; all int32."""
+
+    slots: jax.Array  # [B] KV slot of the new token; out of range for an empty lane
+    page_table: jax.Array  # [B, MP]
+    lengths: jax.Array  # [B] KV tokens including the new one; 0 for an empty lane
+
+
+AttentionBatch = PrefillBatch | DecodeBatch
+
+
+def attend(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    k_pages: jax.Array,
+    v_pages: jax.Array,
+    batch: AttentionBatch,
+    *,
+    window: int | None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Store the new keys and values, then attend to everything the batch's rows have stored.
+
+    q [T, K, G, H], k and v [T, K, H], pages [P, K, S, H]; returns o [T, K, G, H] and the new pages.
+    """
+    k_pages, v_pages = write_kv(
+        k_pages, v_pages, k.astype(k_pages.dtype), v.astype(v_pages.dtype), batch.slots
+    )
+    heads = q.reshape(q.shape[0], -1, q.shape[-1])  # [T, N, H]
+    if isinstance(batch, DecodeBatch):
+        o = paged_decode(heads, k_pages, v_pages, batch.page_table, batch.lengths, window=window)
+    else:
+        o = ragged_prefill(
+            heads, k_pages, v_pages, batch.page_table, batch.cu_seqlens, batch.lengths, window=window
+        )
+    return o.reshape(q.shape), k_pages, v_pages
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention: qkv -> (per-head norm of q and k) -> rope -> KV write -> attention -> out.
+
+    With a mesh whose tensor axis is wider than one, the KV write and the attention run per shard of the kv
+    heads: a kernel is opaque to the partitioner, and no head needs anything of another.
+    """
+
+    def __init__(
+        self,
+        *,
+        hidden_size: int,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        dtype: jnp.dtype,
+        qkv_bias: bool = False,
+        out_bias: bool = False,
+        qk_norm_epsilon: float | None = None,
+        window: int | None = None,
+        mesh: Mesh | None = None,
+    ):
+        """`qk_norm_epsilon`: None leaves q and k unnormalised. `window`: None sees the whole context."""
+        group = num_heads // num_kv_heads
+        qkv_axes = ("kv_heads", None, None, "embed")
+        self.qkv = Linear((num_kv_heads, group + 2, head_dim), hidden_size, qkv_axes, dtype, bias=qkv_bias)
+        self.out = Linear((hidden_size,), num_heads * head_dim, ("embed", "heads"), dtype, bias=out_bias)
+        if qk_norm_epsilon is None:
+            self.q_norm = self.k_norm = None
+        else:
+            self.q_norm = RMSNorm(head_dim, qk_norm_epsilon, dtype, axis=None)
+            self.k_norm = RMSNorm(head_dim, qk_norm_epsilon, dtype, axis=None)
+        self.window = window
+        self.mesh = mesh
+
+    def __call__(
+        self,
+        x: jax.Array,
+        cos: jax.Array,
+        sin: jax.Array,
+        k_pages: jax.Array,
+        v_pages: jax.Array,
+        batch: AttentionBatch,
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """x [T, D], cos and sin [T, rotary_dim / 2]; returns [T, D] and the updated pages."""
+        qkv = self.qkv(x)  # [T, K, G + 2, H]
+        qk, v = qkv[:, :, :-1], qkv[:, :, -1]
+        qk = apply_rope(self._normalise(qk), cos, sin)  # q and k together: one kernel instead of two
+        o, k_pages, v_pages = self._attend(qk[:, :, :-1], qk[:, :, -1], v, k_pages, v_pages, batch)
+        return self.out(o.reshape(x.shape[0], -1)), k_pages, v_pages
+
+    def _normalise(self, qk: jax.Array) -> jax.Array:
+        if self.q_norm is None or self.k_norm is None:
+            return qk
+        q_weight, k_weight = self.q_norm.weight[...], self.k_norm.weight[...]
+        group = qk.shape[2] - 1
+        weight = jnp.stack([q_weight] * group + [k_weight])  # [G + 1, H]
+        return rms_norm(qk, weight, self.q_norm.epsilon)
+
+    def _attend(self, q, k, v, k_pages, v_pages, batch):
+        attention = partial(attend, window=self.window)
+        if self.mesh is not None and self.mesh.shape[TENSOR_AXIS] > 1:
+            heads = P(None, TENSOR_AXIS)
+            attention = jax.shard_map(
+                attention,
+                mesh=self.mesh,
+                in_specs=(heads, heads, heads, heads, heads, P()),
+                out_specs=(heads, heads, heads),
+                check_vma=False,  # kernels do not say how their results vary over the mesh
+            )
+        return attention(q, k, v, k_pages, v_pages, batch)

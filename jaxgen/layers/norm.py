@@ -1,0 +1,26 @@
+"""Root-mean-square normalisation."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxgen.layers.param import param
+
+
+def rms_norm(x: jax.Array, weight: jax.Array, epsilon: float) -> jax.Array:
+    """Normalise the last axis of `x`, scale by `weight` (broadcast); float32 inside, dtype of `x` outside."""
+    x32 = x.astype(jnp.float32)
+    scale = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + epsilon)
+    return (x32 * scale * weight.astype(jnp.float32)).astype(x.dtype)
+
+
+class RMSNorm(nnx.Module):
+    """RMS norm over a last axis of `size` elements (Zhang and Sennrich 2019, arXiv:1910.07467)."""
+
+    def __init__(self, size: int, epsilon: float, dtype: jnp.dtype, axis: str | None = "embed"):
+        self.weight = param((size,), dtype, (axis,), jnp.ones)
+        self.epsilon = epsilon
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """`x` [..., size] -> the same shape and dtype."""
+        return rms_norm(x, self.weight[...], self.epsilon)

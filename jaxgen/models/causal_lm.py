@@ -1,0 +1,155 @@
+"""The pre-norm decoder that the Llama lineage shares. Families differ by `ModelConfig` and by names."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+
+from jaxgen.layers.attention import Attention, AttentionBatch, KVPages
+from jaxgen.layers.embed import Embed
+from jaxgen.layers.mlp import GatedMLP
+from jaxgen.layers.norm import RMSNorm
+from jaxgen.layers.rope import rope_cos_sin
+from jaxgen.models.config import ModelConfig
+from jaxgen.models.hf_config import HFConfig
+from jaxgen.models.weights import Part, WeightSource
+
+
+class DecoderLayer(nnx.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, config: ModelConfig, index: int, dtype: jnp.dtype, mesh: Mesh | None):
+        self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
+        self.attention = Attention(
+            hidden_size=config.hidden_size,
+            num_heads=config.num_heads,
+            num_kv_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+            dtype=dtype,
+            qkv_bias=config.attention_bias,
+            out_bias=config.attention_out_bias,
+            qk_norm_epsilon=config.rms_norm_eps if config.qk_norm else None,
+            window=config.sliding_windows[index],
+            mesh=mesh,
+        )
+        self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
+        self.mlp = GatedMLP(config.hidden_size, config.intermediate_size, dtype, bias=config.mlp_bias)
+
+    def __call__(
+        self,
+        x: jax.Array,
+        cos: jax.Array,
+        sin: jax.Array,
+        k_pages: jax.Array,
+        v_pages: jax.Array,
+        batch: AttentionBatch,
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """x [T, D] -> [T, D] and the updated pages."""
+        attended, k_pages, v_pages = self.attention(self.attention_norm(x), cos, sin, k_pages, v_pages, batch)
+        x = x + attended
+        return x + self.mlp(self.mlp_norm(x)), k_pages, v_pages
+
+
+class CausalLM(nnx.Module):
+    """Embedding, decoder layers, final norm and language-model head.
+
+    The layers are a Python loop: scanning over stacked weights makes XLA copy each layer's weights in every
+    step, which costs more than the compile time it saves.
+    """
+
+    def __init__(self, config: ModelConfig, dtype: jnp.dtype, *, mesh: Mesh | None = None):
+        self.config = config
+        self.embed = Embed(config.vocab_size, config.hidden_size, dtype)
+        self.layers = nnx.List([DecoderLayer(config, i, dtype, mesh) for i in range(config.num_layers)])
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
+        self.lm_head = (
+            None if config.tie_word_embeddings else Embed(config.vocab_size, config.hidden_size, dtype)
+        )
+
+    def __call__(
+        self, tokens: jax.Array, positions: jax.Array, kv: KVPages, batch: AttentionBatch
+    ) -> tuple[jax.Array, KVPages]:
+        """One forward pass over packed tokens.
+
+        Args:
+            tokens: [T] int32; -1 on padding.
+            positions: [T] int32 position of each token in its own sequence; 0 on padding.
+            kv: pages of every layer; the caller donates them.
+            batch: where the tokens' keys and values go and what they attend to.
+
+        Returns:
+            hidden [T, D] after the final norm, and the updated pages.
+        """
+        x = self.embed(tokens)  # [T, D]
+        cos, sin = rope_cos_sin(self.config.rope, positions)
+        pages = []
+        for layer, (k_pages, v_pages) in zip(self.layers, kv, strict=True):
+            x, k_pages, v_pages = layer(x, cos, sin, k_pages, v_pages, batch)
+            pages.append((k_pages, v_pages))
+        return self.norm(x), pages
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """Hidden rows [R, D] -> [R, V] float32."""
+        head = self.embed if self.lm_head is None else self.lm_head
+        return head.logits(hidden)
+
+    @classmethod
+    def family_fields(cls, config: HFConfig) -> dict[str, Any]:
+        """The `ModelConfig` fields each family reads in its own way: biases, qk_norm, windows."""
+        raise NotImplementedError(f"{cls.__name__} must define family_fields")
+
+    @staticmethod
+    def weight_table(config: ModelConfig) -> dict[str, WeightSource]:
+        """Parameter path -> checkpoint tensors, in the names that all these families use."""
+        vocab, hidden = config.vocab_size, config.hidden_size
+        table = {
+            "embed.weight": _whole("model.embed_tokens.weight", vocab, hidden),
+            "norm.weight": _whole("model.norm.weight", hidden),
+        }
+        if not config.tie_word_embeddings:
+            table["lm_head.weight"] = _whole("lm_head.weight", vocab, hidden)
+        for i in range(config.num_layers):
+            for path, source in _layer_table(config, f"model.layers.{i}").items():
+                table[f"layers.{i}.{path}"] = source
+        return table
+
+
+def _whole(name: str, *shape: int) -> WeightSource:
+    return WeightSource((Part(name, shape),))
+
+
+def _layer_table(config: ModelConfig, prefix: str) -> dict[str, WeightSource]:
+    hidden, ffn, head_dim = config.hidden_size, config.intermediate_size, config.head_dim
+    kv_heads, group = config.num_kv_heads, config.num_heads // config.num_kv_heads
+    attention, mlp = f"{prefix}.self_attn", f"{prefix}.mlp"
+
+    def qkv(kind: str, *rest: int) -> WeightSource:
+        heads = (("q_proj", group), ("k_proj", 1), ("v_proj", 1))
+        parts = [Part(f"{attention}.{name}.{kind}", (kv_heads, n, head_dim, *rest)) for name, n in heads]
+        return WeightSource(tuple(parts), axis=1)
+
+    def gate_up(kind: str, *rest: int) -> WeightSource:
+        names = ("gate_proj", "up_proj")
+        return WeightSource(tuple(Part(f"{mlp}.{name}.{kind}", (1, ffn, *rest)) for name in names))
+
+    table = {
+        "attention_norm.weight": _whole(f"{prefix}.input_layernorm.weight", hidden),
+        "attention.qkv.weight": qkv("weight", hidden),
+        "attention.out.weight": _whole(f"{attention}.o_proj.weight", hidden, config.num_heads * head_dim),
+        "mlp_norm.weight": _whole(f"{prefix}.post_attention_layernorm.weight", hidden),
+        "mlp.gate_up.weight": gate_up("weight", hidden),
+        "mlp.down.weight": _whole(f"{mlp}.down_proj.weight", hidden, ffn),
+    }
+    if config.attention_bias:
+        table["attention.qkv.bias"] = qkv("bias")
+    if config.attention_out_bias:
+        table["attention.out.bias"] = _whole(f"{attention}.o_proj.bias", hidden)
+    if config.qk_norm:
+        table["attention.q_norm.weight"] = _whole(f"{attention}.q_norm.weight", head_dim)
+        table["attention.k_norm.weight"] = _whole(f"{attention}.k_norm.weight", head_dim)
+    if config.mlp_bias:
+        table["mlp.gate_up.bias"] = gate_up("bias")
+        table["mlp.down.bias"] = _whole(f"{mlp}.down_proj.bias", hidden)
+    return table
