@@ -1,0 +1,70 @@
+"""Bucket tables: the shapes for which steps are compiled."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Iterable, Sequence
+
+
+def decode_buckets(max_lanes: int, explicit: Iterable[int] | None = None) -> tuple[int, ...]:
+    """Ascending lane counts of the decode steps; the last one is `max_lanes`.
+
+    Without an explicit list: 1, 2, 4, then steps that keep the padding under a third: multiples of 8 to 64, of 16 to
+    128, of 32 to 256 and of 64 beyond. Explicit values above `max_lanes` are dropped and `max_lanes` is added, since
+    every batch up to it must have a step.
+
+    Raises:
+        ValueError: `max_lanes` or an explicit value below 1.
+    """
+    if max_lanes < 1:
+        raise ValueError(f"max_lanes must be at least 1, got {max_lanes}")
+    if explicit is not None:
+        wanted = sorted(set(explicit))
+        if wanted and wanted[0] < 1:
+            raise ValueError(f"decode buckets must be at least 1, got {wanted[0]}")
+    else:
+        wanted = [
+            1,
+            2,
+            4,
+            *range(8, 64, 8),
+            *range(64, 128, 16),
+            *range(128, 256, 32),
+            *range(256, max_lanes, 64),
+        ]
+    return (*(b for b in wanted if b < max_lanes), max_lanes)
+
+
+def prefill_buckets(
+    max_tokens: int, smallest: int = 16, explicit: Iterable[int] | None = None
+) -> tuple[int, ...]:
+    """Ascending packed token counts of the prefill steps: powers of two from `smallest`; the last is `max_tokens`.
+
+    Raises:
+        ValueError: `max_tokens`, `smallest` or an explicit value below 1.
+    """
+    if max_tokens < 1 or smallest < 1:
+        raise ValueError(f"max_tokens and smallest must be at least 1, got {max_tokens} and {smallest}")
+    if explicit is not None:
+        wanted = sorted(set(explicit))
+        if wanted and wanted[0] < 1:
+            raise ValueError(f"prefill buckets must be at least 1, got {wanted[0]}")
+    else:
+        wanted = []
+        size = smallest
+        while size < max_tokens:
+            wanted.append(size)
+            size *= 2
+    return (*(b for b in wanted if b < max_tokens), max_tokens)
+
+
+def pick(buckets: Sequence[int], n: int) -> int:
+    """The smallest bucket that holds `n`.
+
+    Raises:
+        ValueError: `n` exceeds the largest bucket.
+    """
+    index = bisect_left(buckets, n)
+    if index == len(buckets):
+        raise ValueError(f"{n} exceeds the largest bucket, {buckets[-1]}")
+    return buckets[index]

@@ -1,0 +1,155 @@
+"""A request: one prompt and its growing output, as the host sees it. No JAX here."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from jaxgen.scheduling.prefix_cache import Node
+    from jaxgen.scheduling.rows import RowTable
+
+
+class TextMatch(Protocol):
+    """A stop string or stop pattern found in the text; `matched` is the string or pattern as the user gave it."""
+
+    matched: str
+
+
+class TextStream(Protocol):
+    """What a request needs of a text stream: it is fed every token and tells when a stop is complete."""
+
+    def push(self, token: int) -> TextMatch | None: ...
+
+
+def abort_reason(message: str, status_code: int | None = None, err_type: str | None = None) -> dict[str, Any]:
+    """The `finish_reason` of a request that was ended instead of ending by itself."""
+    return {"type": "abort", "message": message, "status_code": status_code, "err_type": err_type}
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """Host state of one request. The first block is set by the creator, the rest by the scheduler.
+
+    Attributes:
+        prompt_ids: prompt token ids, at least one.
+        params: the resolved sampling parameters; the scheduler reads only `ignore_eos` and the three penalties.
+        eos_ids: ids that stop the request (EOS and stop_token_ids; empty under ignore_eos).
+        eos_id: id that replaces a sampled id outside [0, vocab_size), which is how NaN logits show.
+        max_new_tokens: already clipped to what context and pool can hold; 0 means prefill only.
+        namespace: prefix-cache namespace; only requests of one namespace share KV.
+        text: fed with every token when text is needed per token (streaming, string stops), else None.
+        pages: KV pages of positions [0, len(pages) * page_size), shared prefix pages first.
+        row: row of the device's lane state from admission to the end or retraction, -1 otherwise.
+        cached_tokens: prompt tokens taken from the prefix cache at first admission.
+    """
+
+    rid: str
+    prompt_ids: list[int]
+    params: Any
+    vocab_size: int
+    max_new_tokens: int
+    eos_ids: frozenset[int] = frozenset()
+    eos_id: int = 0
+    seed: int = 0
+    priority: int | None = None
+    arrival: float = field(default_factory=time.monotonic)
+    namespace: str = ""
+    return_logprob: bool = False
+    logprob_start: int = -1
+    top_logprobs: int = 0
+    token_ids_logprob: list[int] | None = None
+    return_hidden: bool | str = False
+    text: TextStream | None = None
+    sink: Any = None
+
+    output_ids: list[int] = field(default_factory=list)
+    finish_reason: dict[str, Any] | None = None
+    num_retractions: int = 0
+    cached_tokens: int = 0
+    row: int = -1
+    pages: list[int] = field(default_factory=list)
+
+    # Owned by the scheduler.
+    rows: RowTable | None = None
+    node: Node | None = None
+    sequence: int = -1
+    queued_at: float = 0.0
+    started_at: float = -1.0
+    match_version: int = -1
+    match_length: int = 0
+    prompt_key: bytes = b""
+
+    @property
+    def num_tokens(self) -> int:
+        """Prompt tokens plus output tokens seen by the host."""
+        return len(self.prompt_ids) + len(self.output_ids)
+
+    @property
+    def kv_len(self) -> int:
+        """KV positions computed or already launched; 0 without a row."""
+        return int(self.rows.kv_len[self.row]) if self.row >= 0 and self.rows is not None else 0
+
+    @property
+    def inflight(self) -> int:
+        """Sampled tokens launched but not yet seen by the host."""
+        return max(0, self.kv_len - len(self.prompt_ids) + 1 - len(self.output_ids))
+
+    @property
+    def match_limit(self) -> int:
+        """Most leading tokens that may come from the prefix cache: positions past it must be computed here.
+
+        The last token always is, for its logits; positions from `logprob_start` on are, for their logprobs; and a
+        resumed request with penalties sends its output tokens again, so that the device can count them.
+        """
+        limit = self.num_tokens - 1
+        if self.return_logprob and self.logprob_start >= 0:
+            limit = min(limit, self.logprob_start)
+        if self.output_ids and self.has_penalties:
+            limit = min(limit, len(self.prompt_ids))
+        return limit
+
+    @property
+    def has_penalties(self) -> bool:
+        """Whether any penalty looks at the tokens so far."""
+        p = self.params
+        return p.frequency_penalty != 0.0 or p.presence_penalty != 0.0 or p.repetition_penalty != 1.0
+
+    def token_ids(self, start: int, stop: int) -> list[int]:
+        """Ids at positions [start, stop) of prompt followed by output."""
+        prompt = len(self.prompt_ids)
+        if stop <= prompt:
+            return self.prompt_ids[start:stop]
+        if start >= prompt:
+            return self.output_ids[start - prompt : stop - prompt]
+        return self.prompt_ids[start:] + self.output_ids[: stop - prompt]
+
+    def key(self, length: int) -> bytes:
+        """The first `length` ids as big-endian int32 bytes: the prefix cache's key, ordered as the ids are."""
+        if not self.prompt_key:
+            self.prompt_key = np.array(self.prompt_ids, dtype=">i4").tobytes()
+        extra = length - len(self.prompt_ids)
+        if extra <= 0:
+            return self.prompt_key[: 4 * length]
+        return self.prompt_key + np.array(self.output_ids[:extra], dtype=">i4").tobytes()
+
+    def append(self, token: int) -> None:
+        """Take one sampled token and decide whether the request ends with it: NaN, text stop, stop id, length."""
+        output = self.output_ids
+        if token < 0 or token >= self.vocab_size:
+            output.append(self.eos_id)
+            self.finish_reason = {"type": "stop", "matched": "NaN happened"}
+            return
+        output.append(token)
+        if self.text is not None:
+            match = self.text.push(token)
+            if match is not None:
+                self.finish_reason = {"type": "stop", "matched": match.matched}
+                return
+        if token in self.eos_ids:
+            self.finish_reason = {"type": "stop", "matched": token}
+        elif len(output) >= self.max_new_tokens:
+            self.finish_reason = {"type": "length", "length": self.max_new_tokens}
