@@ -1,0 +1,173 @@
+"""From logits to tokens, inside the compiled step: logit edits, the draw, and log-probabilities."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+import kernels_pallas
+from jaxgen.execution import lanes as L
+
+
+class Variant(NamedTuple):
+    """What a compiled step can do; a batch runs in the least variant that covers its rows.
+
+    sample: rows with temperature > 0 are drawn, otherwise every row is greedy.
+    full: penalties, logit edits and log-probabilities, each skipped at run time when no row wants it.
+    top_logprobs: how many of the largest log-probabilities a full step reports (K).
+    """
+
+    sample: bool
+    full: bool
+    top_logprobs: int = 0
+
+
+GREEDY = Variant(sample=False, full=False)
+SAMPLE = Variant(sample=True, full=False)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class RowParams:
+    """Sampling state of the `B` rows of one step, gathered from LaneState (fields as there)."""
+
+    floats: jax.Array  # [B, 6]
+    ints: jax.Array  # [B, 3]
+    edit_ids: jax.Array  # [B, W]
+    edit_values: jax.Array  # [B, W]
+    edit_until: jax.Array  # [B, W]
+    logprob_ids: jax.Array  # [B, M]
+    position: jax.Array  # [B] position of the token being sampled
+
+    def wants(self, bit: int) -> jax.Array:
+        return (self.ints[:, L.MODE] & bit) != 0  # [B]
+
+
+def gather_rows(state: L.LaneState, rows: jax.Array, position: jax.Array) -> RowParams:
+    return RowParams(
+        floats=state.floats[rows],
+        ints=state.ints[rows],
+        edit_ids=state.edit_ids[rows],
+        edit_values=state.edit_values[rows],
+        edit_until=state.edit_until[rows],
+        logprob_ids=state.logprob_ids[rows],
+        position=position,
+    )
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Logprobs:
+    """Log-probabilities of `B` rows: the chosen token's, the K largest, and those of requested ids."""
+
+    chosen: jax.Array  # [B] float32
+    top_values: jax.Array  # [B, K] float32
+    top_ids: jax.Array  # [B, K] int32
+    id_values: jax.Array  # [B, M] float32
+
+
+def penalise(logits: jax.Array, counts: jax.Array, params: RowParams) -> jax.Array:
+    """Frequency, presence and repetition penalties over generated tokens.
+
+    logits [B, V] float32, counts [B, V] int32. Rows without PENALTIES come back bit-identical.
+    """
+    on = params.wants(L.PENALTIES)[:, None] & (counts > 0)  # [B, V]
+    frequency = params.floats[:, L.FREQUENCY, None]
+    presence = params.floats[:, L.PRESENCE, None]
+    repetition = params.floats[:, L.REPETITION, None]
+    x = logits - frequency * counts - presence
+    x = jnp.where(x < 0, x * repetition, x / repetition)
+    return jnp.where(on, x, logits)
+
+
+def apply_edits(logits: jax.Array, params: RowParams) -> jax.Array:
+    """Adds each row's sparse edits (logit_bias, and -inf for stop ids under min_new_tokens); logits [B, V]."""
+    active = params.wants(L.EDITS)[:, None] & (params.position[:, None] < params.edit_until)  # [B, W]
+    ids = jnp.where(active & (params.edit_ids >= 0), params.edit_ids, logits.shape[1])
+    rows = jnp.arange(logits.shape[0])[:, None]
+    return logits.at[rows, ids].add(params.edit_values, mode="drop")
+
+
+def edit_logits(logits: jax.Array, counts: jax.Array, params: RowParams) -> jax.Array:
+    """All logit edits in the order of the API specification; each stage runs only if some row wants it."""
+    logits = jax.lax.cond(
+        params.wants(L.PENALTIES).any(), lambda x: penalise(x, counts, params), lambda x: x, logits
+    )
+    return jax.lax.cond(params.wants(L.EDITS).any(), lambda x: apply_edits(x, params), lambda x: x, logits)
+
+
+def greedy_tokens(logits: jax.Array) -> jax.Array:
+    """Argmax per row, lowest id on ties, -1 where the row holds a NaN; [B, V] -> [B] int32."""
+    best = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    top = jnp.take_along_axis(logits, best[:, None], axis=-1)[:, 0]  # argmax returns the NaN, if any
+    return jnp.where(jnp.isnan(top), -1, best)
+
+
+def draw(logits: jax.Array, params: RowParams, variant: Variant) -> jax.Array:
+    """Next tokens [B] int32 from edited logits [B, V] float32; -1 marks a row with NaN."""
+    if not variant.sample:
+        return greedy_tokens(logits)
+
+    def sampled(x):
+        return kernels_pallas.sample(
+            x,
+            params.floats[:, L.TEMPERATURE],
+            params.ints[:, L.TOP_K],
+            params.floats[:, L.TOP_P],
+            params.floats[:, L.MIN_P],
+            params.ints[:, L.SEED],
+            params.position,
+        )
+
+    if not variant.full:
+        return sampled(logits)
+    return jax.lax.cond((params.floats[:, L.TEMPERATURE] > 0).any(), sampled, greedy_tokens, logits)
+
+
+def log_probabilities(
+    logits: jax.Array, chosen: jax.Array, logprob_ids: jax.Array, top: int
+) -> Logprobs:
+    """log_softmax statistics of logits [B, V] float32 for chosen [B] and logprob_ids [B, M] (-1 = none)."""
+    normaliser = jax.nn.logsumexp(logits, axis=-1, keepdims=True)  # [B, 1]
+
+    def at(ids):
+        return jnp.take_along_axis(logits, jnp.maximum(ids, 0), axis=-1) - normaliser
+
+    values, ids = jax.lax.top_k(logits, top)
+    return Logprobs(
+        chosen=at(chosen[:, None])[:, 0],
+        top_values=values - normaliser,
+        top_ids=ids.astype(jnp.int32),
+        id_values=at(logprob_ids),
+    )
+
+
+def no_log_probabilities(rows: int, width: int, top: int) -> Logprobs:
+    return Logprobs(
+        chosen=jnp.zeros((rows,), jnp.float32),
+        top_values=jnp.zeros((rows, top), jnp.float32),
+        top_ids=jnp.zeros((rows, top), jnp.int32),
+        id_values=jnp.zeros((rows, width), jnp.float32),
+    )
+
+
+def output_log_probabilities(
+    logits: jax.Array, tokens: jax.Array, params: RowParams, top: int, *, original: bool
+) -> Logprobs:
+    """Log-probabilities of the drawn tokens [B] under edited logits [B, V] / temperature.
+
+    Skipped at run time when no row wants them. `original` leaves the temperature out.
+    """
+    rows, width = params.logprob_ids.shape
+
+    def compute(x):
+        temperature = params.floats[:, L.TEMPERATURE, None]
+        divisor = jnp.where((temperature > 0) & (not original), temperature, 1.0)
+        return log_probabilities(x / divisor, tokens, params.logprob_ids, top)
+
+    return jax.lax.cond(
+        params.wants(L.LOGPROBS).any(), compute, lambda x: no_log_probabilities(rows, width, top), logits
+    )

@@ -1,0 +1,240 @@
+"""The jitted functions: one launch is forward, logits, sampling, KV write and next-token feed.
+
+Only flat arrays cross the jit boundary: the weights as a tuple of leaves, the KV pages as a flat tuple, the
+lane state, and the packed host arrays of `layout.py`. KV pages and lane state are donated.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+import kernels_pallas
+from jaxgen.execution import lanes as L
+from jaxgen.execution import layout, sampler
+from jaxgen.execution.sampler import Logprobs, Variant
+from jaxgen.layers.attention import DecodeBatch, PrefillBatch
+
+# Rows of logits computed at a time for prompt log-probabilities: bounds their memory to 128 x V floats.
+LOGPROB_BLOCK = 128
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class StepOutput:
+    """What a step leaves for the host.
+
+    tokens [B or N] int32 drawn tokens (-1: the row held NaN); logprobs of them (full steps);
+    input_logprobs of the T packed tokens' targets (full prefill steps); hidden [B or T, D] final-norm
+    vectors (engines that return hidden states).
+    """
+
+    tokens: jax.Array
+    logprobs: Logprobs | None
+    input_logprobs: Logprobs | None
+    hidden: jax.Array | None
+
+
+@dataclasses.dataclass(frozen=True)
+class StepSpec:
+    """Everything static about a family of compiled steps.
+
+    graphdef and treedef rebuild the model from its flat weights.
+    """
+
+    graphdef: Any
+    treedef: Any
+    page_size: int
+    return_hidden: bool
+    original_logprobs: bool
+
+    def model(self, weights: Sequence[jax.Array]):
+        return nnx.merge(self.graphdef, jax.tree.unflatten(self.treedef, weights))
+
+
+def pair_pages(flat: Sequence[jax.Array]) -> list[tuple[jax.Array, jax.Array]]:
+    """[k0, v0, k1, v1, ...] -> [(k0, v0), (k1, v1), ...]."""
+    return list(zip(flat[::2], flat[1::2]))
+
+
+def flatten_pages(pairs: Sequence[tuple[jax.Array, jax.Array]]) -> tuple[jax.Array, ...]:
+    return tuple(page for pair in pairs for page in pair)
+
+
+def slots_of(table: jax.Array, position: jax.Array, active: jax.Array, page_size: int, num_pages: int):
+    """KV slot of each token: table [T, MP], position [T]; inactive tokens get a slot past the pool."""
+    page = jnp.take_along_axis(table, (position // page_size)[:, None], axis=1)[:, 0]
+    slot = page * page_size + position % page_size
+    return jnp.where(active, slot, num_pages * page_size)
+
+
+def decode_step(spec: StepSpec, lanes: int, variant: Variant) -> Callable:
+    """(weights, kv, state, packed int32) -> (StepOutput, kv, state): one token for each of B lanes."""
+
+    def step(weights, kv, state: L.LaneState, packed):
+        fields = layout.decode_layout(lanes).views(packed)
+        rows, updates = fields["rows"], fields["updates"]
+        table = state.page_table.at[updates[:, 0], updates[:, 1]].set(updates[:, 2], mode="drop")
+        active = rows < state.rows
+        position = jnp.where(active, state.length.at[rows].get(mode="clip"), 0)  # [B]
+        batch_table = table.at[rows].get(mode="clip")  # [B, MP]
+        slots = slots_of(batch_table, position, active, spec.page_size, kv[0].shape[0])
+        batch = DecodeBatch(
+            slots=slots, page_table=batch_table, lengths=jnp.where(active, position + 1, 0)
+        )
+        model = spec.model(weights)
+        tokens = state.token.at[rows].get(mode="clip")
+        hidden, pages = model(tokens, position, pair_pages(kv), batch)  # [B, D]
+        params = sampler.gather_rows(state, jnp.minimum(rows, state.rows - 1), position + 1)
+        drawn, logprobs, counts = _sample(spec, variant, model, hidden, params, state.counts, rows, active)
+        state = dataclasses.replace(
+            state,
+            token=state.token.at[rows].set(drawn, mode="drop"),
+            length=state.length.at[rows].set(position + 1, mode="drop"),
+            page_table=table,
+            counts=counts,
+        )
+        output = StepOutput(drawn, logprobs, None, hidden if spec.return_hidden else None)
+        return output, flatten_pages(pages), state
+
+    return step
+
+
+def prefill_step(spec: StepSpec, tokens: int, rows: int, variant: Variant) -> Callable:
+    """(weights, kv, state, packed int32, packed float32) -> (StepOutput, kv, state): T tokens of N rows."""
+
+    def step(weights, kv, state: L.LaneState, packed, packed_floats):
+        ints, floats = layout.prefill_layouts(
+            tokens,
+            rows,
+            state.page_table.shape[1],
+            state.edit_width,
+            state.logprob_width,
+            full=variant.full,
+        )
+        f = ints.views(packed) | floats.views(packed_floats)
+        row, segment = f["row"], f["segment"]
+        active = segment < rows  # [T]
+        owner = jnp.minimum(segment, rows - 1)  # [T] index into this batch's rows
+        within = jnp.arange(tokens, dtype=jnp.int32) - f["offset"][owner]
+        position = jnp.where(active, f["start"][owner] + within, 0)
+        newest = state.token.at[row[owner]].get(mode="clip")
+        token = jnp.where(f["token"] < 0, newest, f["token"])
+        slots = slots_of(f["table"][owner], position, active, spec.page_size, kv[0].shape[0])
+        ends = f["start"] + f["length"]  # [N] KV length after this chunk
+        batch = PrefillBatch(
+            slots=slots,
+            page_table=f["table"],
+            cu_seqlens=jnp.concatenate([f["offset"], f["offset"][-1:] + f["length"][-1:]]),
+            lengths=ends,
+        )
+        model = spec.model(weights)
+        hidden, pages = model(token, position, pair_pages(kv), batch)  # [T, D]
+
+        state = _write_rows(state, f, ends, variant)
+        counts = state.counts
+        if variant.full:
+            counts = _count_resumed_outputs(counts, f, token, position, active, owner)
+        last = jnp.clip(f["offset"] + f["length"] - 1, 0, tokens - 1)  # [N]
+        params = sampler.gather_rows(state, jnp.minimum(row, state.rows - 1), ends)
+        samples = (f["flags"] & layout.SAMPLES) != 0
+        drawn, logprobs, counts = _sample(
+            spec, variant, model, hidden[last], params, counts, row, samples
+        )
+        input_logprobs = None
+        if variant.full:
+            input_logprobs = _input_logprobs(model, hidden, f, owner, variant.top_logprobs)
+        state = dataclasses.replace(
+            state, token=state.token.at[row].set(drawn, mode="drop"), counts=counts
+        )
+        output = StepOutput(drawn, logprobs, input_logprobs, hidden if spec.return_hidden else None)
+        return output, flatten_pages(pages), state
+
+    return step
+
+
+def _sample(spec: StepSpec, variant: Variant, model, hidden, params, counts, rows, real):
+    """Draws a token for each of the B rows of hidden [B, D]; counts the real ones of penalised rows."""
+    logits = model.logits(hidden)  # [B, V] float32
+    if not variant.full:
+        return sampler.draw(logits, params, variant), None, counts
+    in_range = jnp.minimum(rows, counts.shape[0] - 1)
+    logits = sampler.edit_logits(logits, counts[in_range], params)
+    drawn = sampler.draw(logits, params, variant)
+    logprobs = sampler.output_log_probabilities(
+        logits, drawn, params, variant.top_logprobs, original=spec.original_logprobs
+    )
+    counted = real & params.wants(L.PENALTIES) & (drawn >= 0)
+    counts = counts.at[rows, jnp.maximum(drawn, 0)].add(counted.astype(jnp.int32), mode="drop")
+    return drawn, logprobs, counts
+
+
+def _write_rows(state: L.LaneState, f: dict, ends: jax.Array, variant: Variant) -> L.LaneState:
+    """Stores the batch rows' page tables, lengths and sampling parameters in the lane state."""
+    row = f["row"]
+
+    def put(field: jax.Array, value: jax.Array) -> jax.Array:
+        return field.at[row].set(value, mode="drop")
+
+    state = dataclasses.replace(
+        state,
+        length=put(state.length, ends),
+        page_table=put(state.page_table, f["table"]),
+        floats=put(state.floats, f["floats"]),
+        ints=put(state.ints, f["ints"]),
+    )
+    if not variant.full:
+        return state
+    fresh = (f["flags"] & layout.FIRST_CHUNK) != 0
+    return dataclasses.replace(
+        state,
+        edit_ids=put(state.edit_ids, f["edit_ids"]),
+        edit_values=put(state.edit_values, f["edit_values"]),
+        edit_until=put(state.edit_until, f["edit_until"]),
+        logprob_ids=put(state.logprob_ids, f["logprob_ids"]),
+        counts=state.counts.at[jnp.where(fresh, row, state.rows)].set(0, mode="drop"),
+    )
+
+
+def _count_resumed_outputs(counts, f, token, position, active, owner):
+    """Counts the output tokens that a retracted request brings back as part of its prefill."""
+    is_output = active & (position >= f["prompt"][owner]) & (f["token"] >= 0)
+    counted = is_output & ((f["ints"][owner, L.MODE] & L.PENALTIES) != 0)
+    return jax.lax.cond(
+        counted.any(),
+        lambda c: c.at[f["row"][owner], token].add(counted.astype(jnp.int32), mode="drop"),
+        lambda c: c,
+        counts,
+    )
+
+
+def _input_logprobs(model, hidden, f, owner, top: int) -> Logprobs:
+    """Log-probabilities of each packed token's successor, computed block by block and only if wanted."""
+    tokens, width = hidden.shape[0], f["logprob_ids"].shape[1]
+    block = min(LOGPROB_BLOCK, tokens)
+    blocks = tokens // block
+
+    def one(part):
+        x, target, ids = part
+        return sampler.log_probabilities(model.logits(x), target, ids, top)
+
+    def compute(_):
+        parts = (hidden, f["target"], f["logprob_ids"][owner])
+        split = jax.tree.map(lambda a: a.reshape(blocks, block, *a.shape[1:]), parts)
+        return jax.tree.map(lambda a: a.reshape(tokens, *a.shape[2:]), jax.lax.map(one, split))
+
+    wanted = ((f["flags"] & layout.INPUT_LOGPROBS) != 0).any()
+    return jax.lax.cond(
+        wanted, compute, lambda _: sampler.no_log_probabilities(tokens, width, top), None
+    )
+
+
+def copy_step(kv: Sequence[jax.Array], packed: jax.Array) -> tuple[jax.Array, ...]:
+    """Copies pages packed[0] -> packed[1] ([2, C] int32; padding out of range) in every layer's KV."""
+    src, dst = packed
+    return tuple(kernels_pallas.copy_pages(pages, src, dst) for pages in kv)

@@ -1,0 +1,250 @@
+"""The engine loop: receive, schedule, launch, collect, on one thread of the caller's process.
+
+With overlap, step k+1 is launched before the results of step k are read, so the host works while the device
+does. Everything the scheduler and the runner own is touched by this thread only; callers talk to it through
+an inbox of functions.
+"""
+
+from __future__ import annotations
+
+import collections
+import concurrent.futures
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterable
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+
+from jaxgen.errors import EngineDeadError
+from jaxgen.execution.runner import Launched, Runner, StepResult
+from jaxgen.scheduling.plan import NEED_COLLECT, Chunk
+from jaxgen.scheduling.request import Request
+from jaxgen.scheduling.scheduler import Scheduler
+
+logger = logging.getLogger("jaxgen")
+T = TypeVar("T")
+
+
+class Sink(Protocol):
+    """Where a request's progress goes; called on the engine thread, so it must be quick."""
+
+    def update(self, request: Request) -> None:
+        """The request has a new token or has finished."""
+
+    def fail(self, error: BaseException) -> None:
+        """The engine died; `error` is the cause."""
+
+
+class EngineLoop:
+    """Runs scheduler and runner on a thread of its own until `stop()`."""
+
+    def __init__(self, scheduler: Scheduler, runner: Runner, *, overlap: bool):
+        self.scheduler = scheduler
+        self.runner = runner
+        self._overlap = overlap
+        self._inbox: collections.deque[Callable[[], None]] = collections.deque()
+        self._wake = threading.Event()
+        self._stopping = False
+        self._pending: Launched | None = None
+        self._live: dict[str, Request] = {}
+        self._lock = threading.Lock()
+        self.error: BaseException | None = None
+        self.steps = 0
+        self.paused_mode: str | None = None
+        self._thread = threading.Thread(target=self._run, name="jaxgen-engine", daemon=True)
+        self._thread.start()
+
+    # ---- called from any thread
+
+    def submit(self, requests: Iterable[Request]) -> None:
+        """Queues requests; a request that the queue refuses finishes through its sink."""
+        requests = list(requests)
+        self._post(lambda: self._admit(requests))
+
+    def abort(self, rids: Iterable[str]) -> None:
+        """Ends the named requests after the current step; unknown ids are ignored. Does not wait."""
+        rids = list(rids)
+        self._post(lambda: self._abort(rids))
+
+    def abort_all(self) -> None:
+        self._post(lambda: self._abort(list(self._live)))
+
+    def call(self, function: Callable[[], T], timeout: float | None = None) -> T:
+        """Runs `function` on the engine thread between two steps and returns its result."""
+        if threading.current_thread() is self._thread:
+            return function()
+        future: concurrent.futures.Future[T] = concurrent.futures.Future()
+
+        def run() -> None:
+            try:
+                future.set_result(function())
+            except Exception as error:  # handed to the caller
+                future.set_exception(error)
+
+        self._post(run)
+        while True:
+            try:
+                return future.result(timeout=0.1 if timeout is None else timeout)
+            except concurrent.futures.TimeoutError:
+                if not self._thread.is_alive() and not future.done():
+                    raise EngineDeadError("The engine has stopped") from self.error
+                if timeout is not None:
+                    raise
+
+    def pause(self, mode: str) -> None:
+        """Holds generation. abort: ends everything; retract: running requests requeue; in_place: freeze."""
+
+        def run() -> None:
+            self._collect()
+            if mode == "abort":
+                self._abort(list(self._live))
+            elif mode == "retract":
+                self.scheduler.retract_all()
+            self.paused_mode = mode
+
+        self.call(run)
+
+    def resume(self) -> None:
+        def run() -> None:
+            self.paused_mode = None
+
+        self.call(run)
+
+    def stop(self) -> None:
+        """Ends the thread after the current step; pending requests fail with EngineDeadError. Idempotent."""
+        self._stopping = True
+        self._wake.set()
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+
+    @property
+    def alive(self) -> bool:
+        return self._thread.is_alive() and not self._stopping
+
+    def _post(self, item: Callable[[], None]) -> None:
+        with self._lock:
+            if self._stopping or self.error is not None:
+                raise EngineDeadError("The engine has been shut down or has failed") from self.error
+            self._inbox.append(item)
+        self._wake.set()
+
+    # ---- on the engine thread
+
+    def _run(self) -> None:
+        try:
+            while not self._stopping:
+                self._receive()
+                if not self._step():
+                    self._wait_for_work()
+        except BaseException as error:  # whatever it was, callers must hear of it
+            logger.exception("The engine loop failed")
+            self.error = error
+        finally:
+            self._fail_all()
+
+    def _receive(self) -> None:
+        while self._inbox:
+            self._inbox.popleft()()
+
+    def _wait_for_work(self) -> None:
+        self._wake.wait(timeout=self.scheduler.next_deadline())
+        self._wake.clear()
+
+    def _step(self) -> bool:
+        """One iteration; False when there was nothing to do."""
+        if self.paused_mode is not None:
+            self._collect()
+            return bool(self._inbox)
+        self._deliver(self.scheduler.expire())
+        plan = self.scheduler.schedule()
+        if plan is NEED_COLLECT:
+            self._collect()
+            return True
+        launched = None
+        if plan is not None:
+            launched = self.runner.launch(plan)
+            self.steps += 1
+        worked = launched is not None or self._pending is not None
+        self._collect()  # the step before, while this one runs
+        self._pending = launched
+        if not self._overlap:
+            self._collect()
+        return worked
+
+    def _collect(self) -> None:
+        """Reads the pending step, hands its tokens to the scheduler and the news to the sinks."""
+        launched, self._pending = self._pending, None
+        if launched is None:
+            return
+        result = self.runner.read(launched)
+        record_extras(launched, result)
+        plan = launched.plan
+        sampled = [i for i, chunk in enumerate(plan.chunks) if chunk.last]
+        first_lane = len(plan.chunks)
+        indices = sampled + list(range(first_lane, first_lane + len(plan.lanes)))
+        tokens = [result.tokens[i] for i in indices] if plan.chunks else result.tokens[: len(plan.lanes)]
+        self._deliver(self.scheduler.collect(plan, tokens))
+
+    def _deliver(self, requests: Iterable[Request]) -> None:
+        for request in requests:
+            if request.finish_reason is not None:
+                self._live.pop(request.rid, None)
+            request.sink.update(request)
+
+    def _admit(self, requests: list[Request]) -> None:
+        for request in requests:
+            self._live[request.rid] = request
+            self._deliver(self.scheduler.add(request))
+
+    def _abort(self, rids: list[str]) -> None:
+        for rid in rids:
+            self._deliver(self.scheduler.abort(rid))
+
+    def _fail_all(self) -> None:
+        with self._lock:
+            self._stopping = True
+        cause = self.error or EngineDeadError("The engine was shut down while requests were pending")
+        while self._inbox:  # submissions that were never admitted, calls that were never made
+            try:
+                self._inbox.popleft()()
+            except Exception as error:
+                logger.debug("Dropped while stopping: %s", error)
+        for request in list(self._live.values()):
+            request.sink.fail(cause)
+        self._live.clear()
+
+
+def record_extras(launched: Launched, result: StepResult) -> None:
+    """Files a step's log-probabilities and hidden states with the requests that asked for them."""
+    plan = launched.plan
+    if result.logprobs is not None or result.hidden is not None or result.input_logprobs is not None:
+        offset = 0
+        for index, chunk in enumerate(plan.chunks):
+            _record_chunk(chunk, index, offset, result)
+            offset += chunk.length
+        for lane, request in enumerate(plan.lanes):
+            if request.finish_reason is not None:
+                continue
+            row = len(plan.chunks) + lane
+            if request.return_logprob and result.logprobs is not None:
+                request.extras.add_output_logprobs(request, result.logprobs, row)
+            if request.return_hidden and result.hidden is not None:
+                position = offset + lane if plan.chunks else lane
+                request.extras.add_hidden(result.hidden[position])
+
+
+def _record_chunk(chunk: Chunk, row: int, offset: int, result: StepResult) -> None:
+    request = chunk.request
+    if request.finish_reason is not None:
+        return
+    if request.return_logprob:
+        if result.input_logprobs is not None and request.logprob_start >= 0:
+            request.extras.add_input_logprobs(request, chunk.start, chunk.length, result.input_logprobs, offset)
+        if chunk.last and result.logprobs is not None:
+            request.extras.add_output_logprobs(request, result.logprobs, row)
+    if request.return_hidden and chunk.last and result.hidden is not None:
+        vectors = result.hidden[offset : offset + chunk.length]
+        # A resumed request has its first entry already: only the newest vector is new.
+        request.extras.add_hidden(vectors[-1] if request.extras.hidden else vectors)
