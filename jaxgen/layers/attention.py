@@ -11,12 +11,14 @@ from jax.sharding import PartitionSpec as P
 
 from jaxgen.layers.linear import Linear
 from jaxgen.layers.norm import RMSNorm, rms_norm
-from jaxgen.layers.param import TENSOR_AXIS
+from jaxgen.layers.param import TENSOR_AXIS, LogicalAxes
 from jaxgen.layers.rope import apply_rope
 from kernels_pallas import paged_decode, ragged_prefill, write_kv
 
 KVPages = list[tuple[jax.Array, jax.Array]]
 """Per layer (k_pages, v_pages), each [P, K, S, H]."""
+
+KV_PAGE_AXES: LogicalAxes = (None, "kv_heads", None, None)
 
 
 @jax.tree_util.register_dataclass
@@ -57,9 +59,7 @@ def attend(
 
     q [T, K, G, H], k and v [T, K, H], pages [P, K, S, H]; returns o [T, K, G, H] and the new pages.
     """
-    k_pages, v_pages = write_kv(
-        k_pages, v_pages, k.astype(k_pages.dtype), v.astype(v_pages.dtype), batch.slots
-    )
+    k_pages, v_pages = write_kv(k_pages, v_pages, k, v, batch.slots)
     heads = q.reshape(q.shape[0], -1, q.shape[-1])  # [T, N, H]
     if isinstance(batch, DecodeBatch):
         o = paged_decode(heads, k_pages, v_pages, batch.page_table, batch.lengths, window=window)

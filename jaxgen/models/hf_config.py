@@ -151,3 +151,26 @@ def extended_context(max_positions: int, scaling: RopeScaling | None) -> int:
             return max(max_positions, int(scaling.original_context * scaling.factor))
         case _:
             return max_positions
+
+
+def read_sliding_windows(config: HFConfig) -> tuple[int | None, ...]:
+    """Window of each layer in the Qwen manner: `layer_types`, else layers from `max_window_layers` upwards.
+
+    `sliding_window` means nothing unless `use_sliding_window` is set. A `layer_types` longer than the model
+    is cut, so that a config can be shrunk by overriding `num_hidden_layers` alone.
+    """
+    num_layers = config.integer("num_hidden_layers")
+    if not config.flag("use_sliding_window", False):
+        return (None,) * num_layers
+    window = config.integer("sliding_window", 4096)
+    layer_types = config.get("layer_types")
+    if layer_types is None:
+        first = config.integer("max_window_layers", 28, minimum=0)
+        return tuple(window if i >= first else None for i in range(num_layers))
+    windows = {"full_attention": None, "sliding_attention": window}
+    if not isinstance(layer_types, list) or len(layer_types) < num_layers or set(layer_types) - set(windows):
+        raise ValueError(
+            f"{config.where}: layer_types must give one of {', '.join(windows)} for each of the"
+            f" {num_layers} layers, got {layer_types!r}"
+        )
+    return tuple(windows[kind] for kind in layer_types[:num_layers])

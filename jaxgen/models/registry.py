@@ -8,9 +8,15 @@ from jax.sharding import Mesh
 from jaxgen.models.causal_lm import CausalLM
 from jaxgen.models.config import ModelConfig, UnsupportedModelError
 from jaxgen.models.llama import LlamaForCausalLM
+from jaxgen.models.mistral import MistralForCausalLM
+from jaxgen.models.qwen2 import Qwen2ForCausalLM
+from jaxgen.models.qwen3 import Qwen3ForCausalLM
 
 ARCHITECTURES: Mapping[str, type[CausalLM]] = {
     "LlamaForCausalLM": LlamaForCausalLM,
+    "MistralForCausalLM": MistralForCausalLM,
+    "Qwen2ForCausalLM": Qwen2ForCausalLM,
+    "Qwen3ForCausalLM": Qwen3ForCausalLM,
 }
 
 
