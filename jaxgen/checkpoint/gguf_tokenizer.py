@@ -15,7 +15,6 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 
 MAX_PIECE = 256  # characters; longer pieces are never the result of a merge in published vocabularies
 
-_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -165,11 +164,13 @@ def _byte_level(vocabulary: _Vocabulary, kind: str) -> Any:
 
     bpe = models.BPE(vocab=vocabulary.ids, merges=vocabulary.merges(), ignore_merges=kind == "llama3")
     tokenizer = Tokenizer(bpe)
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    pattern = {"llama3": _LLAMA3, "qwen2": _QWEN2}.get(kind, _GPT2)
-    steps = [pre_tokenizers.Split(Regex(pattern), "isolated"), byte_level]
-    if kind == "digits":
-        steps.insert(0, pre_tokenizers.Digits(individual_digits=True))
+    if pattern := {"llama3": _LLAMA3, "qwen2": _QWEN2}.get(kind):
+        split = pre_tokenizers.Split(Regex(pattern), "isolated")
+        steps = [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    else:
+        steps = [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)]  # with GPT-2's pattern
+        if kind == "digits":
+            steps.insert(0, pre_tokenizers.Digits(individual_digits=True))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
     if kind == "qwen2":
         tokenizer.normalizer = normalizers.NFC()
