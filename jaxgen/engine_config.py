@@ -20,7 +20,7 @@ from jaxgen.scheduling.buckets import decode_buckets, prefill_buckets
 from jaxgen.scheduling.plan import SchedulerConfig
 from jaxgen.server_args import ServerArgs
 from jaxgen.server_args_defaults import default_max_running_requests, resolve
-from jaxgen.sharding import make_mesh
+from jaxgen.sharding import check_mesh, make_mesh
 
 logger = logging.getLogger("jaxgen")
 
@@ -66,8 +66,7 @@ def pick_mesh(args: ServerArgs) -> jax.sharding.Mesh:
     """The caller's mesh, or one of tp_size devices."""
     if args.mesh is None:
         return make_mesh(args.tp_size, pick_devices(args))
-    if "tensor" not in args.mesh.shape:
-        raise ValueError(f"mesh needs an axis named 'tensor'; it has {tuple(args.mesh.axis_names)}")
+    check_mesh(args.mesh)
     return args.mesh
 
 

@@ -11,20 +11,24 @@ import collections
 import concurrent.futures
 import logging
 import threading
-import time
 from collections.abc import Callable, Iterable
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
+import jax
 import numpy as np
 
 from jaxgen.errors import EngineDeadError
 from jaxgen.execution.runner import Launched, Runner, StepResult
-from jaxgen.scheduling.plan import NEED_COLLECT, Chunk
-from jaxgen.scheduling.request import Request
+from jaxgen.execution.sampler import Logprobs
+from jaxgen.scheduling.plan import NEED_COLLECT, Chunk, Plan
+from jaxgen.scheduling.request import Request, abort_reason
 from jaxgen.scheduling.scheduler import Scheduler
+from jaxgen.scheduling.waiting import QueueFull
 
 logger = logging.getLogger("jaxgen")
 T = TypeVar("T")
+
+IDLE_CHECK_SECONDS = 0.05
 
 
 class Sink(Protocol):
@@ -32,6 +36,18 @@ class Sink(Protocol):
 
     def update(self, request: Request) -> None:
         """The request has a new token or has finished."""
+
+    def add_input_logprobs(self, request: Request, start: int, logprobs: Logprobs) -> None:
+        """Log-probabilities of the tokens after positions start, start + 1, ... of the prompt."""
+
+    def add_output_logprobs(self, logprobs: Logprobs, row: int) -> None:
+        """Log-probabilities of one generated token: those of `row`."""
+
+    def add_hidden(self, vectors: np.ndarray) -> None:
+        """Final-norm vectors of a prompt's last chunk, [T0, D]."""
+
+    def add_next_hidden(self, vector: np.ndarray) -> None:
+        """The vector [D] from which a later token was drawn."""
 
     def fail(self, error: BaseException) -> None:
         """The engine died; `error` is the cause."""
@@ -52,7 +68,6 @@ class EngineLoop:
         self._lock = threading.Lock()
         self.error: BaseException | None = None
         self.steps = 0
-        self.paused_mode: str | None = None
         self._thread = threading.Thread(target=self._run, name="jaxgen-engine", daemon=True)
         self._thread.start()
 
@@ -94,23 +109,12 @@ class EngineLoop:
                     raise
 
     def pause(self, mode: str) -> None:
-        """Holds generation. abort: ends everything; retract: running requests requeue; in_place: freeze."""
-
-        def run() -> None:
-            self._collect()
-            if mode == "abort":
-                self._abort(list(self._live))
-            elif mode == "retract":
-                self.scheduler.retract_all()
-            self.paused_mode = mode
-
-        self.call(run)
+        """Holds generation (API specification 9.7): mode abort, retract or in_place."""
+        self.call(lambda: self._deliver(self.scheduler.pause(mode)))
 
     def resume(self) -> None:
-        def run() -> None:
-            self.paused_mode = None
-
-        self.call(run)
+        """Goes on after `pause`."""
+        self.call(self.scheduler.resume)
 
     def stop(self) -> None:
         """Ends the thread after the current step; pending requests fail with EngineDeadError. Idempotent."""
@@ -149,21 +153,19 @@ class EngineLoop:
             self._inbox.popleft()()
 
     def _wait_for_work(self) -> None:
-        self._wake.wait(timeout=self.scheduler.next_deadline())
+        # Unfinished but unplannable work is waiting for a time-out or for `resume`.
+        self._wake.wait(IDLE_CHECK_SECONDS if self.scheduler.has_unfinished else None)
         self._wake.clear()
 
     def _step(self) -> bool:
         """One iteration; False when there was nothing to do."""
-        if self.paused_mode is not None:
-            self._collect()
-            return bool(self._inbox)
-        self._deliver(self.scheduler.expire())
         plan = self.scheduler.schedule()
+        self._deliver(self.scheduler.drain_ended())
         if plan is NEED_COLLECT:
             self._collect()
             return True
         launched = None
-        if plan is not None:
+        if isinstance(plan, Plan):
             launched = self.runner.launch(plan)
             self.steps += 1
         worked = launched is not None or self._pending is not None
@@ -196,7 +198,12 @@ class EngineLoop:
     def _admit(self, requests: list[Request]) -> None:
         for request in requests:
             self._live[request.rid] = request
-            self._deliver(self.scheduler.add(request))
+            try:
+                self.scheduler.add(request)
+            except QueueFull as error:
+                request.finish_reason = abort_reason(str(error), 503, "ServiceUnavailableError")
+                self._deliver([request])
+        self._deliver(self.scheduler.drain_ended())
 
     def _abort(self, rids: list[str]) -> None:
         for rid in rids:
@@ -218,33 +225,38 @@ class EngineLoop:
 
 def record_extras(launched: Launched, result: StepResult) -> None:
     """Files a step's log-probabilities and hidden states with the requests that asked for them."""
-    plan = launched.plan
-    if result.logprobs is not None or result.hidden is not None or result.input_logprobs is not None:
-        offset = 0
-        for index, chunk in enumerate(plan.chunks):
-            _record_chunk(chunk, index, offset, result)
-            offset += chunk.length
-        for lane, request in enumerate(plan.lanes):
-            if request.finish_reason is not None:
-                continue
-            row = len(plan.chunks) + lane
-            if request.return_logprob and result.logprobs is not None:
-                request.extras.add_output_logprobs(request, result.logprobs, row)
-            if request.return_hidden and result.hidden is not None:
-                position = offset + lane if plan.chunks else lane
-                request.extras.add_hidden(result.hidden[position])
+    if result.logprobs is None and result.hidden is None and result.input_logprobs is None:
+        return
+    plan, offset = launched.plan, 0
+    for row, chunk in enumerate(plan.chunks):
+        if chunk.request.finish_reason is None:
+            _record_chunk(chunk, row, offset, result)
+        offset += chunk.length
+    first_lane = len(plan.chunks)
+    for lane, request in enumerate(plan.lanes):
+        if request.finish_reason is not None:
+            continue
+        if request.return_logprob and result.logprobs is not None:
+            request.sink.add_output_logprobs(result.logprobs, first_lane + lane)
+        if request.return_hidden and result.hidden is not None:
+            request.sink.add_next_hidden(result.hidden[offset + lane])
 
 
 def _record_chunk(chunk: Chunk, row: int, offset: int, result: StepResult) -> None:
-    request = chunk.request
-    if request.finish_reason is not None:
+    request, sink = chunk.request, chunk.request.sink
+    if request.return_logprob and request.logprob_start >= 0 and result.input_logprobs is not None:
+        span = slice(offset, offset + chunk.length)
+        sink.add_input_logprobs(
+            request, chunk.start, jax.tree.map(lambda a: a[span], result.input_logprobs)
+        )
+    if not chunk.last:
         return
-    if request.return_logprob:
-        if result.input_logprobs is not None and request.logprob_start >= 0:
-            request.extras.add_input_logprobs(request, chunk.start, chunk.length, result.input_logprobs, offset)
-        if chunk.last and result.logprobs is not None:
-            request.extras.add_output_logprobs(request, result.logprobs, row)
-    if request.return_hidden and chunk.last and result.hidden is not None:
+    if request.return_logprob and result.logprobs is not None:
+        sink.add_output_logprobs(result.logprobs, row)
+    if request.return_hidden and result.hidden is not None:
         vectors = result.hidden[offset : offset + chunk.length]
-        # A resumed request has its first entry already: only the newest vector is new.
-        request.extras.add_hidden(vectors[-1] if request.extras.hidden else vectors)
+        # A retracted request prefills again; only the vector of its newest position is news.
+        if request.output_ids:
+            sink.add_next_hidden(vectors[-1])
+        else:
+            sink.add_hidden(vectors)

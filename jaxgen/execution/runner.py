@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxgen.checkpoint.types import Checkpoint
+from jaxgen.checkpoint.resolve import Checkpoint
 from jaxgen.execution import kv_cache, lanes, layout
 from jaxgen.execution.batch import (
     RowMirror,
@@ -29,7 +29,7 @@ from jaxgen.models.config import ModelConfig
 from jaxgen.models.registry import ARCHITECTURES, build_model
 from jaxgen.scheduling.buckets import pick
 from jaxgen.scheduling.plan import Plan
-from jaxgen.sharding import replicated, sharding_for
+from jaxgen.sharding import abstract_params, sharding_for
 from jaxgen.startup import StartupReport
 
 logger = logging.getLogger("jaxgen")
@@ -99,11 +99,12 @@ class Runner:
     ):
         self.config, self.model_config, self.mesh = config, model_config, mesh
         self.device = mesh.devices.flat[0]
-        self._replicated = replicated(mesh)
+        self._replicated = sharding_for(mesh, ())
         self._kv_sharding = sharding_for(mesh, (None, "kv_heads", None, None))
         self._lane_variants = self._startup_variants()
         with report.phase("build model"):
-            self._spec, paths, self._abstract_weights = self._build_model()
+            self._spec, params = self._build_model()
+        self._abstract_weights = tuple(params.values())
         self.weight_bytes = sum(_shard_bytes(w) for w in self._abstract_weights)
         self._steps = StepTable(self._build_step, strict=config.strict_compile)
         with report.phase("plan memory"):
@@ -114,7 +115,7 @@ class Runner:
         self._state_shapes = self._lane_shapes(EDIT_WIDTH, LOGPROB_WIDTH)
         self.mirror = RowMirror(config.rows, self.max_pages, EDIT_WIDTH, LOGPROB_WIDTH)
         with report.phase("load weights"):
-            self.weights = self._load(checkpoint, paths, report)
+            self.weights = self._load(checkpoint, params, report)
         with report.phase("allocate KV cache"):
             self.kv = self.kv_shape.allocate(self._kv_sharding)
             self.state = jax.jit(
@@ -129,38 +130,29 @@ class Runner:
     # ---- start-up
 
     def _build_model(self):
-        """(step spec, parameter paths, abstract sharded weights), without allocating anything."""
+        """(step spec, parameter path -> shape, dtype and sharding), without allocating anything."""
         config = self.model_config
-        model = nnx.eval_shape(
-            lambda: build_model(config, self.config.param_dtype, mesh=self.mesh)
-        )
+        model = nnx.eval_shape(lambda: build_model(config, self.config.param_dtype, mesh=self.mesh))
+        params = abstract_params(model, self.mesh)
         graphdef, state = nnx.split(model)
-        variables, treedef = jax.tree.flatten(state, is_leaf=lambda x: isinstance(x, nnx.Variable))
-        paths = [".".join(str(key) for key in path) for path, _ in nnx.to_flat_state(state)]
-        shapes = jax.tree.leaves(state)
-        axes = [v.get_metadata()["logical_axes"] for v in variables]
-        abstract = tuple(
-            jax.ShapeDtypeStruct(
-                s.shape, s.dtype, sharding=sharding_for(self.mesh, a, shape=s.shape, name=path)
-            )
-            for s, a, path in zip(shapes, axes, paths)
-        )
         spec = StepSpec(
             graphdef=graphdef,
             treedef=jax.tree.structure(state),
+            logits_sharding=self._replicated if self.mesh.size > 1 else None,
             page_size=self.config.page_size,
             return_hidden=self.config.return_hidden,
             original_logprobs=self.config.original_logprobs,
         )
-        return spec, paths, abstract
+        return spec, params
 
-    def _load(self, checkpoint: Checkpoint, paths: Sequence[str], report: StartupReport):
+    def _load(
+        self, checkpoint: Checkpoint, params: dict[str, jax.ShapeDtypeStruct], report: StartupReport
+    ) -> tuple[jax.Array, ...]:
         table = ARCHITECTURES[self.model_config.architecture].weight_table(self.model_config)
-        params = dict(zip(paths, self._abstract_weights))
-        total = sum(_bytes(w) for w in self._abstract_weights)
+        total = sum(_bytes(w) for w in params.values())
         with report.progress("Loading weights", total, unit="B") as advance:
             loaded = checkpoint.load(params, table, advance)
-        return tuple(loaded[path] for path in paths)
+        return tuple(loaded[path] for path in params)
 
     def _lane_shapes(self, edit_width: int, logprob_width: int) -> lanes.LaneState:
         shapes = lanes.lane_state_shapes(

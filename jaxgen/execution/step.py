@@ -44,17 +44,26 @@ class StepOutput:
 class StepSpec:
     """Everything static about a family of compiled steps.
 
-    graphdef and treedef rebuild the model from its flat weights.
+    graphdef and treedef rebuild the model from its flat weights. logits_sharding: where logits are gathered
+    before sampling (None on one device).
     """
 
     graphdef: Any
     treedef: Any
+    logits_sharding: jax.sharding.Sharding | None
     page_size: int
     return_hidden: bool
     original_logprobs: bool
 
     def model(self, weights: Sequence[jax.Array]):
         return nnx.merge(self.graphdef, jax.tree.unflatten(self.treedef, weights))
+
+    def logits(self, model, hidden: jax.Array) -> jax.Array:
+        """Logits [R, V] float32 of hidden rows [R, D], whole on every device."""
+        logits = model.logits(hidden)
+        if self.logits_sharding is None:
+            return logits
+        return jax.lax.with_sharding_constraint(logits, self.logits_sharding)
 
 
 def pair_pages(flat: Sequence[jax.Array]) -> list[tuple[jax.Array, jax.Array]]:
@@ -148,7 +157,7 @@ def prefill_step(spec: StepSpec, tokens: int, rows: int, variant: Variant) -> Ca
         )
         input_logprobs = None
         if variant.full:
-            input_logprobs = _input_logprobs(model, hidden, f, owner, variant.top_logprobs)
+            input_logprobs = _input_logprobs(spec, model, hidden, f, owner, variant.top_logprobs)
         state = dataclasses.replace(
             state, token=state.token.at[row].set(drawn, mode="drop"), counts=counts
         )
@@ -160,7 +169,7 @@ def prefill_step(spec: StepSpec, tokens: int, rows: int, variant: Variant) -> Ca
 
 def _sample(spec: StepSpec, variant: Variant, model, hidden, params, counts, rows, real):
     """Draws a token for each of the B rows of hidden [B, D]; counts the real ones of penalised rows."""
-    logits = model.logits(hidden)  # [B, V] float32
+    logits = spec.logits(model, hidden)  # [B, V] float32
     if not variant.full:
         return sampler.draw(logits, params, variant), None, counts
     in_range = jnp.minimum(rows, counts.shape[0] - 1)
@@ -213,7 +222,7 @@ def _count_resumed_outputs(counts, f, token, position, active, owner):
     )
 
 
-def _input_logprobs(model, hidden, f, owner, top: int) -> Logprobs:
+def _input_logprobs(spec: StepSpec, model, hidden, f, owner, top: int) -> Logprobs:
     """Log-probabilities of each packed token's successor, computed block by block and only if wanted."""
     tokens, width = hidden.shape[0], f["logprob_ids"].shape[1]
     block = min(LOGPROB_BLOCK, tokens)
@@ -221,7 +230,7 @@ def _input_logprobs(model, hidden, f, owner, top: int) -> Logprobs:
 
     def one(part):
         x, target, ids = part
-        return sampler.log_probabilities(model.logits(x), target, ids, top)
+        return sampler.log_probabilities(spec.logits(model, x), target, ids, top)
 
     def compute(_):
         parts = (hidden, f["target"], f["logprob_ids"][owner])
