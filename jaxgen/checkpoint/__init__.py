@@ -1,0 +1,6 @@
+"""Checkpoints: Hugging Face safetensors, GGUF, Orbax and random weights behind one interface."""
+
+from jaxgen.checkpoint.errors import CheckpointError
+from jaxgen.checkpoint.resolve import LOAD_FORMATS, Checkpoint, open_checkpoint
+
+__all__ = ["LOAD_FORMATS", "Checkpoint", "CheckpointError", "open_checkpoint"]
