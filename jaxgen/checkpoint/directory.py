@@ -109,6 +109,6 @@ class ModelDirectory:
         """The tokenizer at ``path``, or the directory's own. See :func:`load_tokenizer`."""
         return load_tokenizer(path or self.path, mode, trust_remote_code)
 
-    def tokenizer_files(self) -> list[Path]:
-        """Tokenizer files present in the directory."""
+    def tokenizer_files(self, scratch: Path) -> list[Path]:
+        """Tokenizer files present in the directory; nothing is written to ``scratch``."""
         return [self.path / name for name in TOKENIZER_FILES if (self.path / name).is_file()]

@@ -31,6 +31,8 @@ class ConfigSource(Protocol):
 
     def load_tokenizer(self, path: str | None, mode: str, trust_remote_code: bool) -> Any: ...
 
+    def tokenizer_files(self, scratch: Path) -> list[Path]: ...
+
 
 class DummyCheckpoint:
     """Weights drawn uniformly from [-1e-3, 1e-3], the same for every sharding.
@@ -49,6 +51,10 @@ class DummyCheckpoint:
     ) -> Any:
         """The tokenizer of the configuration's directory, if it has one."""
         return self._source.load_tokenizer(path, mode, trust_remote_code)
+
+    def tokenizer_files(self, scratch: Path) -> list[Path]:
+        """The tokenizer files of the configuration's directory."""
+        return self._source.tokenizer_files(scratch)
 
     def load(
         self, params: Params, table: Mapping[str, WeightSource], progress: Progress

@@ -3,57 +3,20 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
-
-import jax
 
 import jaxgen
 from jaxgen.checkpoint import demo, hub, orbax
-from jaxgen.checkpoint.assemble import Params, Progress
 from jaxgen.checkpoint.directory import ModelDirectory
 from jaxgen.checkpoint.dummy import ConfigSource, DummyCheckpoint, config_file
 from jaxgen.checkpoint.errors import CheckpointError
 from jaxgen.checkpoint.gguf import GGUFCheckpoint
 from jaxgen.checkpoint.safetensors import SafetensorsCheckpoint
-from jaxgen.models.weights import WeightSource
+from jaxgen.checkpoint.types import Checkpoint
 
 LOAD_FORMATS = ("auto", "safetensors", "pt", "gguf", "orbax", "dummy")
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-
-
-class Checkpoint(Protocol):
-    """An opened model: configuration read, weights not yet."""
-
-    @property
-    def config(self) -> dict[str, Any]:
-        """The configuration, in the terms of ``config.json``."""
-        ...
-
-    @property
-    def generation_config(self) -> dict[str, Any]:
-        """The generation defaults, in the terms of ``generation_config.json``; may be empty."""
-        ...
-
-    def load_tokenizer(
-        self, path: str | None = None, mode: str = "auto", trust_remote_code: bool = False
-    ) -> Any:
-        """A ``transformers`` tokenizer: the one at ``path``, or the model's own."""
-        ...
-
-    def load(
-        self, params: Params, table: Mapping[str, WeightSource], progress: Progress
-    ) -> dict[str, jax.Array]:
-        """Load every parameter in ``params``, in the dtype and sharding it asks for.
-
-        Args:
-            params: Parameter path -> shape, dtype and (optionally) sharding.
-            table: Parameter path -> the tensors it consists of.
-            progress: Called after each parameter with its size in bytes.
-        """
-        ...
 
 
 def open_checkpoint(
