@@ -142,8 +142,8 @@ def _shard(
         if start < stop:
             into = [slice(None)] * out.ndim
             into[axis] = slice(start - wanted_start, stop - wanted_start)
-            window = list(slices)
-            window[axis] = slice(start - offset, stop - offset)
-            np.copyto(out[tuple(into)], view[tuple(window)], casting="unsafe")
+            source = list(slices)
+            source[axis] = slice(start - offset, stop - offset)
+            np.copyto(out[tuple(into)], view[tuple(source)], casting="unsafe")
         offset += size
     return out

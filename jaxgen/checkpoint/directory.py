@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from jaxgen.checkpoint.errors import CheckpointError
 
@@ -99,7 +99,8 @@ class ModelDirectory:
     generation_config: dict[str, Any]
 
     @classmethod
-    def open(cls, path: Path) -> ModelDirectory:
+    def open(cls, path: Path) -> Self:
+        """Read the configuration files of a directory."""
         return cls(path, read_config(path), read_generation_config(path))
 
     def load_tokenizer(
@@ -108,6 +109,6 @@ class ModelDirectory:
         """The tokenizer at ``path``, or the directory's own. See :func:`load_tokenizer`."""
         return load_tokenizer(path or self.path, mode, trust_remote_code)
 
-    def tokenizer_files(self) -> list[Path]:
-        """Tokenizer files present in the directory."""
+    def tokenizer_files(self, scratch: Path) -> list[Path]:
+        """Tokenizer files present in the directory; nothing is written to ``scratch``."""
         return [self.path / name for name in TOKENIZER_FILES if (self.path / name).is_file()]

@@ -13,7 +13,7 @@ import ml_dtypes
 import numpy as np
 
 from jaxgen.checkpoint.assemble import Params, Progress, assemble
-from jaxgen.checkpoint.directory import load_tokenizer
+from jaxgen.checkpoint.directory import TOKENIZER_FILES, load_tokenizer
 from jaxgen.checkpoint.errors import CheckpointError
 from jaxgen.checkpoint.gguf_config import build_config, hf_name
 from jaxgen.checkpoint.gguf_header import TensorInfo, read_header
@@ -98,6 +98,11 @@ class GGUFCheckpoint:
         from jaxgen.checkpoint.gguf_tokenizer import build_tokenizer
 
         return build_tokenizer(self.path, self._file.header.metadata, self.config)
+
+    def tokenizer_files(self, scratch: Path) -> list[Path]:
+        """The file's tokenizer in Hugging Face format, written to ``scratch``."""
+        self.load_tokenizer().save_pretrained(scratch)
+        return [scratch / name for name in TOKENIZER_FILES if (scratch / name).is_file()]
 
     def load(
         self, params: Params, table: Mapping[str, WeightSource], progress: Progress

@@ -69,7 +69,7 @@ def build_config(
         CheckpointError: the architecture is unknown, or a value is missing or out of range.
     """
     values = _Values(path, header.metadata)
-    architecture = header.metadata.get("general.architecture")
+    architecture = str(header.metadata.get("general.architecture"))
     if architecture not in ARCHITECTURES:
         raise CheckpointError(
             f"{path}: GGUF architecture {architecture!r} is not supported (known: {', '.join(ARCHITECTURES)})"
@@ -126,7 +126,9 @@ def build_config(
     )
     if eos:
         config["eos_token_id"] = list(eos) if len(eos) > 1 else next(iter(eos))
-    generation = {key: config[key] for key in ("bos_token_id", "eos_token_id") if key in config}
+    generation: dict[str, Any] = {
+        key: config[key] for key in ("bos_token_id", "eos_token_id") if key in config
+    }
     return config, generation
 
 
@@ -179,7 +181,7 @@ class _Values:
     def __init__(self, path: Path, metadata: Mapping[str, Any]):
         self.path = path
         self.metadata = metadata
-        self.prefix = ""
+        self.prefix = ""  # the architecture, once it is known to be supported
 
     def integer(self, key: str, default: int | None = None) -> int:
         """A positive integer (zero only as default); a list of equal ones counts as one."""

@@ -146,7 +146,7 @@ class _Parser:
 
     def scalars(self, kind: int, number: int) -> np.ndarray:
         dtype = _SCALARS[kind]
-        raw = np.frombuffer(self.take(number * dtype.itemsize), np.uint8)
+        raw: np.ndarray = np.frombuffer(self.take(number * dtype.itemsize), np.uint8)
         return raw != 0 if kind == _BOOL else raw.view(dtype)
 
     def parse(self, block_sizes: Mapping[int, tuple[int, int]]) -> GGUFHeader:

@@ -245,6 +245,5 @@ def _add_special_tokens(tokenizer: Any, vocabulary: _Vocabulary, kind: str) -> N
             if token is not None
         ],
     )
-    if tokenizer.post_processor is not None:
-        template = processors.Sequence([tokenizer.post_processor, template])
-    tokenizer.post_processor = template
+    before = tokenizer.post_processor
+    tokenizer.post_processor = template if before is None else processors.Sequence([before, template])
