@@ -17,6 +17,7 @@ from jaxgen.scheduling.retraction import preemption_victims
 from jaxgen.scheduling.waiting import WaitingQueue
 
 LEAST_PRIORITY = -(2**31)
+NO_ROW = float("inf")
 
 
 class Preemption(NamedTuple):
@@ -93,6 +94,8 @@ class PrefillPlanner:
         """Whether the request that did not fit last time cannot fit yet, so that looking again is a waste."""
         if self._blocked_at is None or not self._running:
             return False
+        if self._blocked_at == NO_ROW:
+            return True
         return self._kv.available * self._kv.page_size - self._reserved() < self._blocked_at
 
     def _reserved(self) -> float:
@@ -148,7 +151,7 @@ class PrefillPlanner:
             if budget <= 0 or len(plan.chunks) >= self._max_chunks or self.chunked is not None:
                 break
             if len(self._running) >= self._max_running:
-                obstacle = self._refuse(request, plan, float("inf"), 0.0, needed_rows=1)
+                obstacle = self._refuse(request, plan, NO_ROW, 0.0, needed_rows=1)
                 break
             match = self._kv.match(request)
             length = self._chunk_length(request, match.length, budget, first=not plan.chunks)

@@ -183,8 +183,8 @@ class PrefixCache:
         return once
 
     def insert(self, key: bytes, pages: list[int], locked: Node, priority: int = 0) -> Node:
-        """Put the KV of `key` into the tree; the caller's lock moves to the returned node, deepest on its
-        path.
+        """Put the KV of `key` into the tree and return the deepest node of its path, to which the caller's
+        lock moves.
 
         `pages[i]` holds ids [i * page_size, (i + 1) * page_size) of the key. Pages that become nodes pass
         from the caller to the cache, and the caller keeps reading them under its lock. Where the tree already
@@ -208,7 +208,10 @@ class PrefixCache:
             if child is None:
                 if len(piece) < self._width and _is_extended(node, piece):
                     break
-                child = own_tail if own_tail is not None else self._adopt(pages[node.depth], node)
+                if own_tail is not None and own_tail.parent is node:
+                    child = own_tail
+                else:
+                    child = self._adopt(pages[node.depth], node)
                 self._place(child, node, piece)
             if child is own_tail:
                 own_tail, lock_end = None, child

@@ -224,8 +224,15 @@ def check_output(request: Request) -> None:
     assert request.row == -1 and request.pages == []
 
 
-def random_prompt(rng: random.Random, max_length: int) -> list[int]:
-    """Prompts that share prefixes of all lengths, often not at page borders."""
+def random_prompt(rng: random.Random, max_length: int, earlier: list[Request]) -> list[int]:
+    """Prompts that share prefixes of all lengths with each other and with what earlier requests generate."""
+    kind = rng.random()
+    if kind < 0.3 and earlier:
+        request = rng.choice(earlier[-4:])
+        ids = request.prompt_ids + expected_output(request)[0]
+        return ids[: min(rng.randrange(len(request.prompt_ids), len(ids) + 1), max_length)]
     stem = random.Random(rng.randrange(3)).choices(range(VOCAB), k=max_length)
+    if kind < 0.45:
+        return stem[: rng.choice([max_length, max_length // 2])]
     cut = rng.randrange(0, max_length)
-    return stem[:cut] + [rng.randrange(VOCAB) for _ in range(rng.randrange(1, max(2, max_length - cut)))]
+    return stem[:cut] + [rng.randrange(VOCAB) for _ in range(rng.randrange(1, max_length - cut + 1))]

@@ -44,7 +44,7 @@ def random_config(rng: random.Random) -> SchedulerConfig:
 
 def add_request(harness: Harness, rng: random.Random) -> None:
     config = harness.scheduler.config
-    prompt = random_prompt(rng, rng.choice([6, 20, 40]))
+    prompt = random_prompt(rng, rng.choice([6, 20, 40]), list(harness.requests.values()))
     room = config.context_length - len(prompt) - 1
     with_logprobs = rng.random() < 0.15
     try:
