@@ -9,9 +9,9 @@ from collections.abc import Iterable, Sequence
 def decode_buckets(max_lanes: int, explicit: Iterable[int] | None = None) -> tuple[int, ...]:
     """Ascending lane counts of the decode steps; the last one is `max_lanes`.
 
-    Without an explicit list: 1, 2, 4, then steps that keep the padding under a third: multiples of 8 to 64, of 16 to
-    128, of 32 to 256 and of 64 beyond. Explicit values above `max_lanes` are dropped and `max_lanes` is added, since
-    every batch up to it must have a step.
+    Without an explicit list: 1, 2, 4, then steps that keep the padding under a third: multiples of 8 to 64,
+    of 16 to 128, of 32 to 256 and of 64 beyond. Explicit values above `max_lanes` are dropped and `max_lanes`
+    is added, since every batch up to it must have a step.
 
     Raises:
         ValueError: `max_lanes` or an explicit value below 1.
@@ -38,7 +38,7 @@ def decode_buckets(max_lanes: int, explicit: Iterable[int] | None = None) -> tup
 def prefill_buckets(
     max_tokens: int, smallest: int = 16, explicit: Iterable[int] | None = None
 ) -> tuple[int, ...]:
-    """Ascending packed token counts of the prefill steps: powers of two from `smallest`; the last is `max_tokens`.
+    """Ascending packed token counts of the prefill steps: powers of two from `smallest` to `max_tokens`.
 
     Raises:
         ValueError: `max_tokens`, `smallest` or an explicit value below 1.

@@ -22,7 +22,7 @@ class Signal(enum.Enum):
 
 
 NEED_COLLECT = Signal.NEED_COLLECT
-"""The scheduler must see every launched token before it can decide: collect all launched plans, then ask again."""
+"""The scheduler must see every launched token first: collect all launched plans, then ask again."""
 
 
 @dataclass(slots=True)
@@ -83,7 +83,8 @@ class SchedulerConfig:
         prefill_max_requests: most prefill rows a step.
         schedule_conservativeness: scales the share of a request's allowed output that admission reserves.
         test_retract: retract a row every so many decode steps; None reads JAXGEN_TEST_RETRACT, 0 is never.
-        waiting_timeout, running_timeout: seconds; None reads JAXGEN_REQ_WAITING_TIMEOUT / ..._RUNNING_TIMEOUT.
+        waiting_timeout, running_timeout: seconds; None reads JAXGEN_REQ_WAITING_TIMEOUT /
+            ..._RUNNING_TIMEOUT.
         seed: of the `random` policy.
     """
 

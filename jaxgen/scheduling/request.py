@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class TextMatch(Protocol):
-    """A stop string or stop pattern found in the text; `matched` is the string or pattern as the user gave it."""
+    """A stop found in the text; `matched` is the stop string or pattern as the user gave it."""
 
     matched: str
 
@@ -36,7 +36,8 @@ class Request:
 
     Attributes:
         prompt_ids: prompt token ids, at least one.
-        params: the resolved sampling parameters; the scheduler reads only `ignore_eos` and the three penalties.
+        params: the resolved sampling parameters; the scheduler reads only `ignore_eos` and the three
+            penalties.
         eos_ids: ids that stop the request (EOS and stop_token_ids; empty under ignore_eos).
         eos_id: id that replaces a sampled id outside [0, vocab_size), which is how NaN logits show.
         max_new_tokens: already clipped to what context and pool can hold; 0 means prefill only.
@@ -102,8 +103,8 @@ class Request:
     def match_limit(self) -> int:
         """Most leading tokens that may come from the prefix cache: positions past it must be computed here.
 
-        The last token always is, for its logits; positions from `logprob_start` on are, for their logprobs; and a
-        resumed request with penalties sends its output tokens again, so that the device can count them.
+        The last token always is, for its logits; positions from `logprob_start` on are, for their logprobs;
+        and a resumed request with penalties sends its output tokens again, so that the device can count them.
         """
         limit = self.num_tokens - 1
         if self.return_logprob and self.logprob_start >= 0:
@@ -128,7 +129,7 @@ class Request:
         return self.prompt_ids[start:] + self.output_ids[: stop - prompt]
 
     def key(self, length: int) -> bytes:
-        """The first `length` ids as big-endian int32 bytes: the prefix cache's key, ordered as the ids are."""
+        """The first `length` ids as big-endian int32 bytes: a key of the prefix cache."""
         if not self.prompt_key:
             self.prompt_key = np.array(self.prompt_ids, dtype=">i4").tobytes()
         extra = length - len(self.prompt_ids)
@@ -137,7 +138,7 @@ class Request:
         return self.prompt_key + np.array(self.output_ids[:extra], dtype=">i4").tobytes()
 
     def append(self, token: int) -> None:
-        """Take one sampled token and decide whether the request ends with it: NaN, text stop, stop id, length."""
+        """Take one sampled token; the first that holds ends the request: NaN, text stop, stop id, length."""
         output = self.output_ids
         if token < 0 or token >= self.vocab_size:
             output.append(self.eos_id)

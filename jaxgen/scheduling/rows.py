@@ -1,6 +1,8 @@
-"""Per-row bookkeeping of the running batch, as arrays indexed by row so that a decode step costs no Python loop."""
+"""Bookkeeping per lane row, as arrays indexed by row: a decode step needs no Python loop over lanes."""
 
 from __future__ import annotations
+
+import heapq
 
 import numpy as np
 
@@ -12,30 +14,28 @@ class RowTable:
         kv_len: [max_rows] int64, KV positions computed or launched.
         capacity: [max_rows] int64, KV positions that the row's pages hold.
         limit: [max_rows] int64, the KV length at which the last allowed token has been launched.
-        weight: [max_rows] float64, -1 where the new-token ratio applies to the row, else its own fixed ratio.
+        full_reserve: [max_rows] bool, whether admission reserves the row's whole remaining output.
     """
 
     def __init__(self, max_rows: int) -> None:
-        self.kv_len = np.zeros(max_rows, np.int64)
-        self.capacity = np.zeros(max_rows, np.int64)
-        self.limit = np.zeros(max_rows, np.int64)
-        self.weight = np.full(max_rows, -1.0)
-        self._free = list(range(max_rows - 1, -1, -1))
+        self.kv_len: np.ndarray = np.zeros(max_rows, np.int64)
+        self.capacity: np.ndarray = np.zeros(max_rows, np.int64)
+        self.limit: np.ndarray = np.zeros(max_rows, np.int64)
+        self.full_reserve: np.ndarray = np.zeros(max_rows, np.bool_)
         self.max_rows = max_rows
+        self._free = list(range(max_rows))  # a heap
 
     @property
     def num_free(self) -> int:
         return len(self._free)
 
-    def take(self) -> int:
+    def take(self, limit: int, full_reserve: bool) -> int:
         """The lowest free row, so that the rows in use stay dense."""
-        return self._free.pop()
+        row = heapq.heappop(self._free)
+        self.limit[row] = limit
+        self.full_reserve[row] = full_reserve
+        return row
 
     def give_back(self, row: int) -> None:
-        self.kv_len[row] = 0
-        self.capacity[row] = 0
-        self.limit[row] = 0
-        self._free.append(row)
-        # Rows in use stay near the bottom of the table; only finishing requests pay for the order.
-        if len(self._free) > 1 and self._free[-2] < row:
-            self._free.sort(reverse=True)
+        self.kv_len[row] = self.capacity[row] = self.limit[row] = 0
+        heapq.heappush(self._free, row)

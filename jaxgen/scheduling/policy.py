@@ -1,0 +1,75 @@
+"""The order in which waiting requests are considered for prefill."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from jaxgen.scheduling.kv import KVManager
+from jaxgen.scheduling.prefix_cache import Node
+from jaxgen.scheduling.request import Request
+from jaxgen.scheduling.waiting import WaitingQueue
+
+LPM_MAX_WAITING = 128
+SHARED_PREFIX = 32
+
+
+def order(policy: str, waiting: WaitingQueue, kv: KVManager) -> Iterable[Request]:
+    """Waiting requests in the order of the policy, without those held back for this round.
+
+    Cache-aware policies hold a request back while its cached prefix is at most 32 tokens and it shares 32
+    leading
+    tokens with one ahead of it: after that one's prefill the shared part is cached.
+    """
+    if policy == "lpm" and len(waiting) <= LPM_MAX_WAITING:
+        return hold_back(sorted(waiting, key=lambda r: (-kv.match_length(r), r.sequence)), kv)
+    if policy == "dfs-weight":
+        return hold_back(depth_first(list(waiting), kv), kv)
+    return waiting
+
+
+def hold_back(requests: Iterable[Request], kv: KVManager) -> Iterable[Request]:
+    """Drop requests whose first tokens an earlier one of this round is about to compute."""
+    ahead: set[tuple[str, bytes]] = set()
+    for request in requests:
+        # A request that may not reuse more than this gains nothing by waiting.
+        if request.match_limit > SHARED_PREFIX and kv.match_length(request) <= SHARED_PREFIX:
+            prefix = (request.namespace, request.key(SHARED_PREFIX))
+            if prefix in ahead:
+                continue
+            ahead.add(prefix)
+        yield request
+
+
+def depth_first(requests: list[Request], kv: KVManager) -> list[Request]:
+    """Requests in a depth-first walk of the prefix tree, subtrees with most waiting requests first."""
+    at: dict[int, list[Request]] = {}
+    weight: dict[int, int] = {}
+    below: dict[int, dict[int, Node]] = {}
+    roots: dict[bytes, Node] = {}
+    for request in requests:
+        match = kv.match(request)
+        node = match.node
+        if node.parent is None:
+            node = roots.setdefault(node.key, node)  # an empty namespace has no root of its own yet
+        at.setdefault(id(node), []).append(request)
+        while True:
+            weight[id(node)] = weight.get(id(node), 0) + 1
+            if node.parent is None:
+                roots[node.key] = node
+                break
+            below.setdefault(id(node.parent), {})[id(node)] = node
+            node = node.parent
+    ordered: list[Request] = []
+    stack = _heaviest_last(roots, weight)
+    while stack:
+        node = stack.pop()
+        ordered += at.get(id(node), ())
+        stack += _heaviest_last(below.get(id(node), {}), weight)
+    return ordered
+
+
+def _heaviest_last(nodes: Mapping[Any, Node], weight: dict[int, int]) -> list[Node]:
+    """Ascending weight; of equal weights the one met first comes last, hence is walked first."""
+    nodes_met_last_first = list(nodes.values())[::-1]
+    return sorted(nodes_met_last_first, key=lambda node: weight[id(node)])
