@@ -196,9 +196,9 @@ class SamplingParams:
                 "watermark: output watermarks are not available; leave the option unset"
             )
         reachable = frozenset(token for token in self.stop_token_ids if 0 <= token < vocab_size)
-        return self if reachable == self.stop_token_ids else self._replace(stop_token_ids=reachable)
+        return self if reachable == self.stop_token_ids else self.updated(stop_token_ids=reachable)
 
-    def _replace(self, **changes: Any) -> SamplingParams:
+    def updated(self, **changes: Any) -> SamplingParams:
         """A copy with other values that still remembers which fields the caller gave."""
         copy = SamplingParams(**{**{name: getattr(self, name) for name in FIELD_NAMES}, **changes})
         object.__setattr__(copy, "_given", self._given)  # type: ignore[attr-defined]
