@@ -1,21 +1,21 @@
-"""The public API: `Engine`, a thin facade over one engine thread. Normative behaviour: the README's API notes."""
+"""The public API: `Engine`, a thin facade over one engine thread."""
 
 from __future__ import annotations
 
 import atexit
+import dataclasses
 import gc
 import logging
 import os
-import platform as host_platform
 import sys
-import time
+import threading
+import uuid
 import weakref
-from collections.abc import AsyncGenerator, Generator, Sequence
+from collections.abc import AsyncGenerator, Callable, Generator, Sequence
 from typing import Any
 
 import jax
 
-import jaxgen
 from jaxgen.calls import Call
 from jaxgen.checkpoint.errors import CheckpointError
 from jaxgen.checkpoint.resolve import open_checkpoint
@@ -26,12 +26,16 @@ from jaxgen.engine_config import (
     runner_config_of,
     scheduler_config_of,
 )
+from jaxgen.engine_info import model_info, server_info
 from jaxgen.errors import EngineDeadError, ModelLoadError
 from jaxgen.execution.compile import enable_persistent_cache
 from jaxgen.execution.runner import Runner
-from jaxgen.io import GenerateReqInput
+from jaxgen.io import GenerateReqInput, InputContext, RequestInput
+from jaxgen.logs import set_log_level
 from jaxgen.loop import EngineLoop
 from jaxgen.requests import RequestFactory
+from jaxgen.responses import Response
+from jaxgen.scheduling.request import Request
 from jaxgen.scheduling.scheduler import Scheduler
 from jaxgen.server_args import ServerArgs
 from jaxgen.startup import StartupReport
@@ -39,13 +43,34 @@ from jaxgen.tokenizer_manager import FlushCacheResult, TokenizerManager
 
 logger = logging.getLogger("jaxgen")
 
+Output = dict[str, Any]
+
+# The first parameters of `generate`, in the order that callers may pass them positionally.
+POSITIONAL = (
+    "prompt",
+    "sampling_params",
+    "input_ids",
+    "image_data",
+    "audio_data",
+    "video_data",
+    "mm_hashes",
+    "mm_content_hashes",
+    "return_logprob",
+    "logprob_start_len",
+    "top_logprobs_num",
+    "token_ids_logprob",
+    "lora_path",
+    "custom_logit_processor",
+)
+
 
 class Engine:
     """An in-process inference engine: one model on one mesh of devices, driven by one thread.
 
     `Engine(model_path=..., **options)`; every option is a field of `ServerArgs`. `Engine(server_args=record)`
     uses a ready-made record and ignores all other keywords. Returns once weights are loaded, the KV pool is
-    allocated and the start-up buckets are compiled.
+    allocated and the start-up buckets are compiled. Usable as a context manager, from any thread, inside or
+    outside a running event loop.
 
     Raises:
         TypeError: unknown option (names the nearest known one).
@@ -60,82 +85,263 @@ class Engine:
         self._runner: Runner | None = None
         self._closed = False
         self._pid = os.getpid()
-        set_log_level(server_args.log_level)
+        self._active: dict[str, Response] = {}
+        self._active_lock = threading.Lock()
         self.startup_report = StartupReport()
         try:
             self._start(server_args)
         except BaseException:
             self.shutdown()
             raise
-        self._at_exit = weakref.WeakMethod(self.shutdown)
-        atexit.register(_shutdown_at_exit, self._at_exit)
+        atexit.register(_shutdown_if_alive, weakref.ref(self))
         self.startup_report.finish()
 
     def _start(self, args: ServerArgs) -> None:
         report = self.startup_report
         args.validate()
+        set_log_level(args.log_level)
         with report.phase("start backend"):
             enable_persistent_cache(args.compilation_cache_dir)
             mesh = pick_mesh(args)
             args = resolve_args(args, mesh)
         with report.phase("open checkpoint"):
             checkpoint = open_checkpoint(
-                args.model_path,
-                args.load_format,
-                revision=args.revision,
-                download_dir=args.download_dir,
+                args.model_path, args.load_format, revision=args.revision, download_dir=args.download_dir
             )
             model = model_config_of(args, checkpoint.config, checkpoint.generation_config)
-        with report.phase("load tokenizer"):
-            tokenizer = None
-            if not args.skip_tokenizer_init:
+        tokenizer = None
+        if not args.skip_tokenizer_init:
+            with report.phase("load tokenizer"):
                 path = None if args.tokenizer_path == args.model_path else args.tokenizer_path
                 tokenizer = checkpoint.load_tokenizer(path, args.tokenizer_mode, args.trust_remote_code)
         runner_config = runner_config_of(args, model, mesh)
         try:
-            self._runner = Runner(checkpoint, model, runner_config, mesh, report)
+            self._runner = runner = Runner(checkpoint, model, runner_config, mesh, report)
         except CheckpointError as error:
             raise ModelLoadError(str(error)) from error
         except jax.errors.JaxRuntimeError as error:
             raise RuntimeError(f"The device failed while starting: {error}") from error
-        pool_tokens = self._runner.kv_shape.num_tokens
+        pool_tokens = runner.kv_shape.num_tokens
+        scheduler_config = scheduler_config_of(args, runner_config, pool_tokens)
         self.server_args = args
-        scheduler = Scheduler(scheduler_config_of(args, runner_config, pool_tokens))
-        self._factory = RequestFactory(args, model, tokenizer, pool_tokens, self._runner)
-        self._loop = EngineLoop(scheduler, self._runner, overlap=not args.disable_overlap_schedule)
+        self._factory = RequestFactory(args, model, tokenizer, pool_tokens)
+        self._context = InputContext(
+            args, model.vocab_size, tokenizer, limits=self._factory.limits, in_flight=self._active
+        )
+        self._loop = EngineLoop(
+            Scheduler(scheduler_config), runner, overlap=not args.disable_overlap_schedule
+        )
         self.tokenizer_manager = TokenizerManager(self, tokenizer, model, args, self._factory.limits)
 
     # ---- generation
 
-    def generate(
-        self,
-        prompt: str | Sequence[str] | None = None,
-        sampling_params: Any = None,
-        input_ids: Any = None,
-        image_data: Any = None,
-        audio_data: Any = None,
-        video_data: Any = None,
-        mm_hashes: Any = None,
-        mm_content_hashes: Any = None,
-        return_logprob: Any = False,
-        logprob_start_len: Any = None,
-        top_logprobs_num: Any = None,
-        token_ids_logprob: Any = None,
-        lora_path: Any = None,
-        custom_logit_processor: Any = None,
-        require_reasoning: bool = False,
-        return_hidden_states: Any = False,
-        return_routed_experts: bool = False,
-        routed_experts_start_len: int = 0,
-        stream: bool = False,
-        **more: Any,
-    ) -> dict[str, Any] | list[dict[str, Any]] | Generator[dict[str, Any]]:
-        """Generates for one prompt (dict) or a list of prompts (list of dicts, in order).
+    def generate(self, *args: Any, **kwargs: Any) -> Output | list[Output] | Generator[Output]:
+        """Generates for one prompt (returns a dict) or a list of prompts (a list of dicts, in order).
 
-        With `stream=True` returns an iterator of dicts; closing or dropping it aborts what still runs. Works
-        from any thread, inside or outside a running event loop. Errors of the input surface here, or at the
-        first `next()` when streaming.
+        Parameters are the fields of `GenerateReqInput`; the first are positional: prompt (str or list),
+        sampling_params (dict, `SamplingParams` or list), input_ids (list of int, or list of those). With
+        `stream=True` returns an iterator of dicts instead; closing or dropping it aborts what still runs.
+
+        Raises:
+            ValueError: bad input, before anything is submitted (streaming: at the first `next`).
+            TypeError: unknown parameter.
+            RequestError: the engine had to end a request (queue full, time-out, KV exhausted).
+            RuntimeError: the engine is shut down or has failed.
         """
-        given = {name: value for name, value in locals().items() if name not in ("self", "more")}
-        call = self._call(given | more)
-        return call.iterate() if call.stream else call.wait()
+        given = _generate_input(args, kwargs)
+        self._check_alive()
+        if bool(given.stream):
+            return self._stream(given)
+        return self.call_for(given).wait()
+
+    async def async_generate(self, *args: Any, **kwargs: Any) -> Any:
+        """`generate` for asyncio: await it for the result, or for an async generator with `stream=True`."""
+        given = _generate_input(args, kwargs)
+        self._check_alive()
+        if bool(given.stream):
+            return self._stream_async(given)
+        return await self.call_for(given).wait_async()
+
+    def encode(self, *args: Any, **kwargs: Any) -> Any:
+        """Embeddings need an engine started with is_embedding=True."""
+        raise ValueError("encode needs an embedding engine (is_embedding=True); this one generates text")
+
+    async_encode = encode
+
+    def _stream(self, given: GenerateReqInput) -> Generator[Output]:
+        yield from self.call_for(given).iterate()
+
+    async def _stream_async(self, given: GenerateReqInput) -> AsyncGenerator[Output]:
+        chunks = self.call_for(given).iterate_async()
+        try:
+            async for chunk in chunks:
+                yield chunk
+        finally:
+            await chunks.aclose()
+
+    def call_for(self, given: GenerateReqInput) -> Call:
+        """Checks the input as a whole and prepares its requests; waiting on the call submits them."""
+        self._check_alive()
+        if _is_empty_batch(given):
+            normalized, single, stream = [], False, bool(given.stream)
+        else:
+            checked = given.normalize(self._context)
+            normalized, single, stream = checked.requests, checked.single, checked.stream
+        call = Call(single=single, stream=stream, abort=self._abort_responses)
+        responses = [self._response(call, spec, single) for spec in normalized]
+        return call.start(lambda: self._submit(responses), responses)
+
+    def _response(self, call: Call, spec: RequestInput, single: bool) -> Response:
+        factory, args = self._factory, self.server_args
+        has_text = factory.tokenizer is not None
+        request = factory.request(spec)
+        response = Response(
+            call,
+            spec,
+            request,
+            index=spec.index if call.stream and not single else None,
+            stream_interval=spec.params.stream_interval or args.stream_interval,
+            incremental=args.incremental_streaming_output,
+            weight_version=args.weight_version,
+            new_text=(lambda: factory.text_stream(spec)) if has_text else None,
+            token_text=factory.token_text if has_text and spec.return_text_in_logprobs else None,
+            compile_count=lambda: self._runner.compile_count if self._runner else 0,
+            on_end=lambda ended: self._forget(ended.rid),
+        )
+        request.sink = response
+        return response
+
+    def _submit(self, responses: Sequence[Response]) -> None:
+        """Registers the ids, all or none, and hands the requests to the engine thread.
+
+        Samples of one prompt wait for a request that only prefills it, so the prompt is computed once.
+        """
+        loop = self._check_alive()
+        with self._active_lock:
+            taken = [r.spec.rid for r in responses if r.spec.rid in self._active]
+            if taken:
+                raise ValueError(f"Duplicate request ID: {taken[0]!r} is still in flight")
+            self._active.update((r.spec.rid, r) for r in responses)
+        try:
+            first: dict[int, list[Request]] = {}
+            for response in responses:
+                first.setdefault(response.spec.prompt_index, []).append(response.request)
+            specs = {r.spec.prompt_index: r.spec for r in responses}
+            for prompt, requests in first.items():
+                if len(requests) > 1 and not self.server_args.disable_radix_cache:
+                    warm_up = self._factory.warm_up_request(specs[prompt], uuid.uuid4().hex)
+                    loop.submit_after(warm_up, requests)
+                    first[prompt] = []
+            loop.submit([request for requests in first.values() for request in requests])
+        except BaseException:
+            for response in responses:
+                self._forget(response.spec.rid)
+            raise
+
+    def _forget(self, rid: str) -> None:
+        with self._active_lock:
+            self._active.pop(rid, None)
+
+    def _abort_responses(self, responses: Sequence[Response]) -> None:
+        if self._loop is not None and self._loop.alive:
+            self._loop.abort(response.spec.rid for response in responses)
+
+    # ---- control
+
+    def abort_request(self, rid: str = "", abort_all: bool = False) -> None:
+        """Ends a request by its exact id or a batch by its base id; returns at once. Unknown ids are no-ops."""
+        loop = self._check_alive()
+        with self._active_lock:
+            rids = [r for r, response in self._active.items() if abort_all or rid in (r, response.spec.base_rid)]
+        loop.abort(rids)
+
+    def pause_generation(self, mode: str = "abort") -> None:
+        """Holds generation: "abort" ends everything, "retract" requeues (KV freed), "in_place" freezes."""
+        self._check_alive().pause(mode)
+
+    def continue_generation(self) -> None:
+        """Goes on after `pause_generation`; requests submitted meanwhile run now."""
+        self._check_alive().resume()
+
+    def flush_cache(self) -> FlushCacheResult:
+        """Empties the prefix cache; refused (success=False) while requests run or wait."""
+        loop = self._check_alive()
+        if loop.call(loop.flush_cache):
+            return FlushCacheResult(True, "Cache flushed.")
+        return FlushCacheResult(False, "The cache was not flushed: requests are running or waiting.")
+
+    def get_server_info(self) -> dict[str, Any]:
+        """Configuration as resolved, and the state of the scheduler (API specification 9.2)."""
+        loop = self._check_alive()
+        return loop.call(lambda: server_info(self.server_args, self.startup_report, loop, self._factory.limits))
+
+    def get_model_info(self) -> dict[str, Any]:
+        return model_info(self.server_args)
+
+    def start_profile(self, output_dir: str | None = None, **_: Any) -> None:
+        """Starts a JAX profiler trace into `output_dir`; RuntimeError if one is running."""
+        jax.profiler.start_trace(output_dir or os.path.join(os.getcwd(), "jaxgen-profile"))
+
+    def stop_profile(self) -> None:
+        """Ends the trace; RuntimeError without one."""
+        jax.profiler.stop_trace()
+
+    def freeze_gc(self) -> None:
+        """Collects, then exempts everything alive from garbage collection."""
+        gc.collect()
+        gc.freeze()
+
+    def get_all_child_pids(self) -> list[int]:
+        """Empty: the engine has no child processes."""
+        return []
+
+    # ---- the end
+
+    def shutdown(self) -> None:
+        """Stops the engine and returns all its device memory. Idempotent; pending calls raise RuntimeError."""
+        if self._closed or os.getpid() != self._pid:
+            return
+        self._closed = True
+        if self._loop is not None:
+            self._loop.stop()
+        if self._runner is not None:
+            self._runner.shutdown()
+        self._runner = None
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.shutdown()
+
+    def _check_alive(self) -> EngineLoop:
+        if os.getpid() != self._pid:
+            raise RuntimeError(
+                "This process was forked after the engine was made, and device memory does not survive a fork. "
+                "Create the engine in the child."
+            )
+        if self._closed or self._loop is None:
+            raise EngineDeadError("The engine has been shut down")
+        if self._loop.error is not None:
+            raise EngineDeadError(f"The engine failed: {self._loop.error}") from self._loop.error
+        return self._loop
+
+
+def _generate_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> GenerateReqInput:
+    if len(args) > len(POSITIONAL):
+        raise TypeError(f"generate takes at most {len(POSITIONAL)} positional arguments, got {len(args)}")
+    named = dict(zip(POSITIONAL, args))
+    twice = named.keys() & kwargs.keys()
+    if twice:
+        raise TypeError(f"generate got {', '.join(sorted(twice))} both by position and by name")
+    return GenerateReqInput(**named, **kwargs)
+
+
+def _is_empty_batch(given: GenerateReqInput) -> bool:
+    return given.input_ids is None and isinstance(given.prompt, list | tuple) and not given.prompt
+
+
+def _shutdown_if_alive(reference: Callable[[], Engine | None]) -> None:
+    engine = reference()
+    if engine is not None:
+        engine.shutdown()

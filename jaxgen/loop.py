@@ -11,6 +11,7 @@ import collections
 import concurrent.futures
 import logging
 import threading
+import time
 from collections.abc import Callable, Iterable
 from typing import Protocol, TypeVar
 
@@ -53,6 +54,24 @@ class Sink(Protocol):
         """The engine died; `error` is the cause."""
 
 
+class Throughput:
+    """Generated tokens per second over the last full window."""
+
+    WINDOW_SECONDS = 1.0
+
+    def __init__(self) -> None:
+        self.tokens_per_second = 0.0
+        self._tokens = 0
+        self._since = time.monotonic()
+
+    def count(self, tokens: int) -> None:
+        self._tokens += tokens
+        now = time.monotonic()
+        if now - self._since >= self.WINDOW_SECONDS:
+            self.tokens_per_second = self._tokens / (now - self._since)
+            self._tokens, self._since = 0, now
+
+
 class EngineLoop:
     """Runs scheduler and runner on a thread of its own until `stop()`."""
 
@@ -65,9 +84,10 @@ class EngineLoop:
         self._stopping = False
         self._pending: Launched | None = None
         self._live: dict[str, Request] = {}
+        self._held: dict[str, list[Request]] = {}  # requests that wait for the end of another
         self._lock = threading.Lock()
         self.error: BaseException | None = None
-        self.steps = 0
+        self.throughput = Throughput()
         self._thread = threading.Thread(target=self._run, name="jaxgen-engine", daemon=True)
         self._thread.start()
 
@@ -77,6 +97,11 @@ class EngineLoop:
         """Queues requests; a request that the queue refuses finishes through its sink."""
         requests = list(requests)
         self._post(lambda: self._admit(requests))
+
+    def submit_after(self, first: Request, rest: Iterable[Request]) -> None:
+        """Queues `first`, and `rest` once it has ended; `first` reports to nobody."""
+        rest = list(rest)
+        self._post(lambda: self._admit_after(first, rest))
 
     def abort(self, rids: Iterable[str]) -> None:
         """Ends the named requests after the current step; unknown ids are ignored. Does not wait."""
@@ -167,7 +192,6 @@ class EngineLoop:
         launched = None
         if isinstance(plan, Plan):
             launched = self.runner.launch(plan)
-            self.steps += 1
         worked = launched is not None or self._pending is not None
         self._collect()  # the step before, while this one runs
         self._pending = launched
@@ -187,15 +211,19 @@ class EngineLoop:
         first_lane = len(plan.chunks)
         indices = sampled + list(range(first_lane, first_lane + len(plan.lanes)))
         tokens = [result.tokens[i] for i in indices] if plan.chunks else result.tokens[: len(plan.lanes)]
+        self.throughput.count(len(tokens))
         self._deliver(self.scheduler.collect(plan, tokens))
 
     def _deliver(self, requests: Iterable[Request]) -> None:
         for request in requests:
             if request.finish_reason is not None:
                 self._live.pop(request.rid, None)
-            request.sink.update(request)
+            if request.sink is not None:
+                request.sink.update(request)
+            elif request.finish_reason is not None:
+                self._release_held(request)
 
-    def _admit(self, requests: list[Request]) -> None:
+    def _admit(self, requests: Iterable[Request]) -> None:
         for request in requests:
             self._live[request.rid] = request
             try:
@@ -205,9 +233,35 @@ class EngineLoop:
                 self._deliver([request])
         self._deliver(self.scheduler.drain_ended())
 
-    def _abort(self, rids: list[str]) -> None:
+    def _admit_after(self, first: Request, rest: list[Request]) -> None:
+        self._live.update((request.rid, request) for request in rest)
+        self._held[first.rid] = rest
+        self._admit([first])
+
+    def _release_held(self, first: Request) -> None:
+        """Admits what waited for `first`, less what was aborted meanwhile; its failure is theirs."""
+        waiting = [r for r in self._held.pop(first.rid, []) if r.finish_reason is None]
+        reason = first.finish_reason
+        if reason is not None and reason["type"] == "abort":
+            for request in waiting:
+                request.finish_reason = reason
+            self._deliver(waiting)
+        else:
+            self._admit(waiting)
+
+    def _abort(self, rids: Iterable[str]) -> None:
         for rid in rids:
-            self._deliver(self.scheduler.abort(rid))
+            ended = self.scheduler.abort(rid)
+            held = self._live.get(rid)
+            if not ended and held is not None and held.finish_reason is None:
+                held.finish_reason = abort_reason("Abort in waiting queue")
+                ended = [held]
+            self._deliver(ended)
+
+    def flush_cache(self) -> bool:
+        """Empties the prefix cache unless something runs or waits. On the engine thread only."""
+        self._collect()
+        return not self._held and self.scheduler.flush_cache()
 
     def _fail_all(self) -> None:
         with self._lock:
@@ -219,7 +273,8 @@ class EngineLoop:
             except Exception as error:
                 logger.debug("Dropped while stopping: %s", error)
         for request in list(self._live.values()):
-            request.sink.fail(cause)
+            if request.sink is not None:
+                request.sink.fail(cause)
         self._live.clear()
 
 

@@ -1,67 +1,95 @@
-"""What callers wait on: one Response per request, one Call per `generate`.
-
-The engine thread writes into Responses and rings the Call's bell; the caller's thread (or event loop) turns
-them into output dicts. Decoding text happens on the caller's side unless a stop string needs it earlier.
-"""
+"""The growing result of one request, between the engine thread that writes it and the caller that reads it."""
 
 from __future__ import annotations
 
-import asyncio
-import queue
-import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import numpy as np
 
-from jaxgen.errors import EngineDeadError, RequestError
 from jaxgen.execution.sampler import Logprobs
-from jaxgen.io import RequestInput, RequestSnapshot, build_output
+from jaxgen.io import RequestInput
+from jaxgen.outputs import Emitted, LogprobData, RequestSnapshot, make_output
 from jaxgen.scheduling.request import Request
 from jaxgen.tokenizer import TextStream
 
 
-class Response:
-    """The growing result of one request. Written by the engine thread, read by the caller's.
+class Bell(Protocol):
+    """Whom a response tells that there is something to read."""
 
-    index: flat position in the call's results. stream: whether each due token rings the call.
+    stream: bool
+
+    def ring(self, response: Response) -> None: ...
+
+    def fail(self, error: BaseException) -> None: ...
+
+
+class Response:
+    """Written by the engine thread (`update`, `add_*`), read by the caller's (`take`).
+
+    Text is decoded on the caller's side, off the engine thread, unless the request has stop strings: then the
+    request's own TextStream finds them as tokens arrive, and its text is used.
+
+    Args:
+        request: the scheduler's half; `request.sink` is this object.
+        stream_interval: tokens between two rings while streaming.
+        new_text: makes the caller-side TextStream; None without a tokenizer.
+        on_end: called once, on the engine thread, when the request has ended in any way.
+        compile_count: steps compiled while serving so far.
     """
 
     def __init__(
         self,
-        call: Call,
-        index: int,
+        bell: Bell,
         spec: RequestInput,
+        request: Request,
         *,
+        index: int | None,
         stream_interval: int,
-        new_text: Callable[[list[int]], TextStream] | None,
+        incremental: bool,
+        weight_version: str,
+        new_text: Callable[[], TextStream] | None,
+        token_text: Callable[[int], str] | None,
         compile_count: Callable[[], int],
+        on_end: Callable[[Request], None],
     ):
-        self.call = call
-        self.index = index
+        self.bell = bell
         self.spec = spec
-        self.request: Request | None = None
-        self.created = time.time()
-        self.finished_at: float | None = None
-        self.cache_misses = 0
-        self.input_logprobs: list[tuple[float, int, np.ndarray, np.ndarray, np.ndarray]] = []
-        self.output_logprobs: list[tuple[float, np.ndarray, np.ndarray, np.ndarray]] = []
-        self.hidden: list[np.ndarray] = []
-        self.announced = 0  # tokens at the last ring
-        self.queued = False  # an event for this response is waiting in the call's queue
-        # (tokens, text or None, finish reason), replaced as one object so that a reader never sees halves.
-        self.state: tuple[int, str | None, dict[str, Any] | None] = (0, None, None)
+        self.request = request
+        self.queued = False  # the caller has been rung and has not looked yet
+        self._index = index
         self._interval = stream_interval
+        self._incremental = incremental
+        self._weight_version = weight_version
         self._new_text = new_text
+        self._token_text = token_text
+        self._compile_count = compile_count
+        self._on_end = on_end
+        self._received_at = time.time()
+        self._finished_at: float | None = None
+        self._compiles_before = compile_count()
+        self._announced = 0
+        self._logprobs = LogprobData(
+            input_ids=spec.prompt_ids[spec.logprob_start_len :] if spec.logprob_start_len >= 0 else [],
+            input_values=[None],
+            input_top=[None],
+            input_selected=[None],
+            output_values=[],
+            output_top=[],
+            output_selected=[],
+        )
+        self._hidden: list[np.ndarray] = []
+        # (tokens, text, finish reason, hidden entries): replaced whole, so a reader never sees halves.
+        self._state: tuple[int, str | None, dict[str, Any] | None, int] = (0, None, None, 0)
         self._text: TextStream | None = None
         self._decoded = 0
-        self._compile_count = compile_count
-        self._compiles_before = compile_count()
+        self._emitted = Emitted()
 
     # ---- engine thread
 
     def update(self, request: Request) -> None:
+        """The request has a new token, or has ended."""
         tokens, reason = len(request.output_ids), request.finish_reason
         if reason is None and not self._due(tokens):
             return
@@ -69,58 +97,111 @@ class Response:
         if request.text is not None:
             text = request.text.emittable if reason is None else request.text.finish(reason)
         if reason is not None:
-            self.finished_at = time.time()
-            self.cache_misses = self._compile_count() - self._compiles_before
-        self.state = (tokens, text, reason)
-        self.announced = tokens
-        self.call.ring(self)
+            self._finished_at = time.time()
+            self._on_end(request)
+        self._state = (tokens, text, reason, len(self._hidden))
+        self._announced = tokens
+        self.bell.ring(self)
 
     def _due(self, tokens: int) -> bool:
-        if not self.call.stream or tokens == 0:
+        """The first token is announced at once, later ones every `stream_interval`."""
+        if not self.bell.stream or tokens == 0:
             return False
-        return self.announced == 0 or tokens - self.announced >= self._interval
+        return self._announced == 0 or tokens - self._announced >= self._interval
 
     def fail(self, error: BaseException) -> None:
-        self.call.fail(error)
+        self._on_end(self.request)
+        self.bell.fail(error)
 
     def add_input_logprobs(self, request: Request, start: int, logprobs: Logprobs) -> None:
-        """Keeps the entries not seen yet, in order; a chunk after a retraction repeats earlier ones."""
-        prompt = request.prompt_ids
-        for i in range(len(logprobs.chosen)):
+        """Entries for the tokens after positions start, start + 1, ...; a resumed request repeats earlier ones."""
+        data, wanted = self._logprobs, self.spec.top_logprobs_num
+        ids = self.spec.token_ids_logprob or ()
+        for i, value in enumerate(logprobs.chosen.tolist()):
             target = start + i + 1
-            if target == request.logprob_start + 1 + len(self.input_logprobs) and target < len(prompt):
-                self.input_logprobs.append(
-                    (
-                        float(logprobs.chosen[i]),
-                        prompt[target],
-                        logprobs.top_values[i],
-                        logprobs.top_ids[i],
-                        logprobs.id_values[i],
-                    )
-                )
+            due = request.logprob_start + len(data.input_values)
+            if target != due or target >= len(request.prompt_ids):
+                continue
+            data.input_values.append(value)
+            data.input_top.append((logprobs.top_values[i, :wanted], logprobs.top_ids[i, :wanted]))
+            data.input_selected.append(logprobs.id_values[i, : len(ids)])
 
     def add_output_logprobs(self, logprobs: Logprobs, row: int) -> None:
-        self.output_logprobs.append(
-            (
-                float(logprobs.chosen[row]),
-                logprobs.top_values[row],
-                logprobs.top_ids[row],
-                logprobs.id_values[row],
-            )
-        )
+        data, wanted = self._logprobs, self.spec.top_logprobs_num
+        ids = self.spec.token_ids_logprob or ()
+        data.output_values.append(float(logprobs.chosen[row]))
+        data.output_top.append((logprobs.top_values[row, :wanted], logprobs.top_ids[row, :wanted]))
+        data.output_selected.append(logprobs.id_values[row, : len(ids)])
 
     def add_hidden(self, vectors: np.ndarray) -> None:
-        self.hidden.append(vectors)
+        self._hidden.append(vectors)
 
     def add_next_hidden(self, vector: np.ndarray) -> None:
-        self.hidden.append(vector)
+        self._hidden.append(vector)
 
     # ---- caller's side
 
     @property
-    def finished(self) -> bool:
-        return self.state[2] is not None
+    def finish_reason(self) -> dict[str, Any] | None:
+        return self._state[2]
 
-    def snapshot(self) -> RequestSnapshot:
-        """The response as it stands: plain data for the output builders."""
-        raise NotImplementedError
+    def take(self) -> tuple[dict[str, Any], bool]:
+        """(output dict as of now, whether it is the last one)."""
+        self.queued = False
+        tokens, text, reason, hidden = self._state
+        if text is None:
+            text = self._decode(tokens, reason)
+        snapshot = self._snapshot(tokens, text, reason, hidden)
+        emitted = self._emitted if self._incremental and self.bell.stream else None
+        output = make_output(snapshot, emitted=emitted, token_text=self._token_text)
+        self._emitted = Emitted(text=len(text or ""), ids=tokens)
+        return output, reason is not None
+
+    def _decode(self, tokens: int, reason: dict[str, Any] | None) -> str | None:
+        """Text of the first `tokens` output ids, decoded on from where the last call stopped."""
+        if self._new_text is None:
+            return None
+        if self._text is None:
+            self._text = self._new_text()
+        for token in self.request.output_ids[self._decoded : tokens]:
+            self._text.push(token)
+        self._decoded = tokens
+        return self._text.emittable if reason is None else self._text.finish(reason)
+
+    def _snapshot(
+        self, tokens: int, text: str | None, reason: dict[str, Any] | None, hidden: int
+    ) -> RequestSnapshot:
+        request, spec, data = self.request, self.spec, self._logprobs
+        started = tokens > 0 or reason is not None
+        # A prefill-only request has the distribution of the next token but no token.
+        entries = max(tokens, 1) if spec.max_new_tokens == 0 else tokens
+        inputs = len(data.input_ids) if started else 0
+        return RequestSnapshot(
+            rid=spec.rid,
+            output_ids=request.output_ids[:tokens],
+            text=text,
+            finish_reason=reason,
+            prompt_tokens=len(request.prompt_ids),
+            cached_tokens=request.cached_tokens,
+            num_retractions=request.num_retractions,
+            weight_version=self._weight_version,
+            cache_miss_count=self._compile_count() - self._compiles_before,
+            index=self._index,
+            prompt_token_ids=request.prompt_ids if spec.return_prompt_token_ids else None,
+            return_logprob=spec.return_logprob,
+            top_logprobs_num=spec.top_logprobs_num,
+            token_ids_logprob=spec.token_ids_logprob,
+            logprobs=LogprobData(
+                input_ids=data.input_ids[:inputs],
+                input_values=data.input_values[:inputs],
+                input_top=data.input_top[:inputs],
+                input_selected=data.input_selected[:inputs],
+                output_values=data.output_values[:tokens],
+                output_top=data.output_top[:entries],
+                output_selected=data.output_selected[:entries],
+            ),
+            return_hidden_states=spec.return_hidden_states,
+            hidden_states=self._hidden[:hidden],
+            received_at=self._received_at,
+            finished_at=self._finished_at,
+        )

@@ -40,6 +40,7 @@ class Request:
             penalties.
         eos_ids: ids that stop the request (EOS and stop_token_ids; empty under ignore_eos).
         eos_id: id that replaces a sampled id outside [0, vocab_size), which is how NaN logits show.
+        masked_ids: ids that may not be drawn before min_new_tokens (EOS and stop_token_ids); read by the device half.
         max_new_tokens: already clipped to what context and pool can hold; 0 means prefill only.
         namespace: prefix-cache namespace; only requests of one namespace share KV.
         text: fed with every token when text is needed per token (streaming, string stops), else None.
@@ -55,6 +56,7 @@ class Request:
     max_new_tokens: int
     eos_ids: frozenset[int] = frozenset()
     eos_id: int = 0
+    masked_ids: frozenset[int] = frozenset()
     seed: int = 0
     priority: int | None = None
     arrival: float = field(default_factory=time.monotonic)

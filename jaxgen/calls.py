@@ -1,0 +1,147 @@
+"""One `generate` call and its four ways of being waited for: sync or asyncio, whole or streaming."""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+from collections.abc import AsyncGenerator, Callable, Generator, Sequence
+from typing import Any
+
+from jaxgen.outputs import raise_if_failed
+from jaxgen.responses import Response
+
+
+class Call:
+    """Waits for the responses of one call and turns them into output dicts.
+
+    The engine thread rings; the caller's thread, or the event loop that awaits, reads. Whoever stops waiting
+    before the end (an exception, a closed iterator, a cancelled task) aborts what still runs.
+
+    Args:
+        single: the result is one dict instead of a list.
+        abort: ends the given responses' requests.
+    """
+
+    def __init__(self, *, single: bool, stream: bool, abort: Callable[[Sequence[Response]], None]):
+        self.stream = stream
+        self.responses: list[Response] = []
+        self._single = single
+        self._abort = abort
+        self._unfinished = 0
+        self._events: queue.SimpleQueue[Response | BaseException | None] = queue.SimpleQueue()
+        self._post: Callable[[Response | BaseException | None], None] = self._events.put
+
+    # ---- engine thread
+
+    def ring(self, response: Response) -> None:
+        """A response has news. Without streaming only the end of all, or a failure, is worth waking for."""
+        if self.stream:
+            if not response.queued:
+                response.queued = True
+                self._post(response)
+            return
+        reason = response.finish_reason
+        self._unfinished -= 1
+        failed = reason is not None and reason["type"] == "abort" and reason.get("status_code") is not None
+        if failed or self._unfinished == 0:
+            self._post(response if failed else None)
+
+    def fail(self, error: BaseException) -> None:
+        self._post(error)
+
+    # ---- caller's side
+
+    def start(self, submit: Callable[[], None], responses: list[Response]) -> Call:
+        """Adopts the responses and submits their requests."""
+        self.responses = responses
+        self._unfinished = len(responses)
+        self._submit = submit
+        return self
+
+    def wait(self) -> dict[str, Any] | list[dict[str, Any]]:
+        """Blocks until every response has ended; raises ValueError or RequestError if one failed."""
+        try:
+            if self.responses:
+                self._submit()
+                self._raise(self._events.get())
+            return self._result()
+        except BaseException:
+            self.abort()
+            raise
+
+    def iterate(self) -> Generator[dict[str, Any]]:
+        """Yields chunks as they come; closing the generator aborts what still runs."""
+        remaining = len(self.responses)
+        try:
+            if remaining:
+                self._submit()
+            while remaining:
+                chunk, last = self._chunk(self._events.get())
+                remaining -= last
+                yield chunk
+        finally:
+            if remaining:
+                self.abort()
+
+    async def wait_async(self) -> dict[str, Any] | list[dict[str, Any]]:
+        """`wait` for the running event loop."""
+        events = self._bind()
+        try:
+            if self.responses:
+                self._submit()
+                self._raise(await events.get())
+            return self._result()
+        except BaseException:
+            self.abort()
+            raise
+
+    async def iterate_async(self) -> AsyncGenerator[dict[str, Any]]:
+        """`iterate` for the running event loop."""
+        events = self._bind()
+        remaining = len(self.responses)
+        try:
+            if remaining:
+                self._submit()
+            while remaining:
+                chunk, last = self._chunk(await events.get())
+                remaining -= last
+                yield chunk
+        finally:
+            if remaining:
+                self.abort()
+
+    def abort(self) -> None:
+        """Ends the requests that still run; nobody is waiting for them any more."""
+        running = [response for response in self.responses if response.finish_reason is None]
+        if running:
+            self._abort(running)
+
+    def _bind(self) -> asyncio.Queue[Response | BaseException | None]:
+        """Delivers events to the running event loop from now on."""
+        loop = asyncio.get_running_loop()
+        events: asyncio.Queue[Response | BaseException | None] = asyncio.Queue()
+
+        def post(event: Response | BaseException | None) -> None:
+            try:
+                loop.call_soon_threadsafe(events.put_nowait, event)
+            except RuntimeError:  # the loop was closed under a waiting call: nobody is left to tell
+                self.abort()
+
+        self._post = post
+        return events
+
+    def _raise(self, event: Response | BaseException | None) -> None:
+        if isinstance(event, BaseException):
+            raise RuntimeError(f"The engine failed: {event}") from event
+        if event is not None:
+            raise_if_failed(event.finish_reason)
+
+    def _chunk(self, event: Response | BaseException | None) -> tuple[dict[str, Any], bool]:
+        if not isinstance(event, Response):
+            self._raise(event)
+            raise RuntimeError("a streaming call was woken without a response")
+        return event.take()
+
+    def _result(self) -> dict[str, Any] | list[dict[str, Any]]:
+        outputs = [response.take()[0] for response in self.responses]
+        return outputs[0] if self._single else outputs
