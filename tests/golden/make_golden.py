@@ -138,7 +138,7 @@ FAMILIES = {
         "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0},
         "use_sliding_window": True,
         "sliding_window": 12,
-        "max_window_layers": 3,
+        "max_window_layers": 1,
         "attention_bias": False,
         "tie_word_embeddings": True,
     },
