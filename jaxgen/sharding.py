@@ -1,7 +1,7 @@
 """Where arrays live: the device mesh, and the one table from logical axes to mesh axes."""
 
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
+from functools import cache
 
 import jax
 import numpy as np
@@ -33,8 +33,8 @@ def make_mesh(tp_size: int, devices: Sequence[jax.Device] | None = None) -> Mesh
         raise ValueError(f"tp_size must be at least 1, got {tp_size}")
     if tp_size > len(devices):
         raise ValueError(
-            f"tp_size={tp_size} needs {tp_size} devices and {len(devices)} are visible: lower tp_size, or make"
-            " more devices visible (CUDA_VISIBLE_DEVICES)"
+            f"tp_size={tp_size} needs {tp_size} devices and {len(devices)} are visible: lower tp_size, or"
+            " make more devices visible (CUDA_VISIBLE_DEVICES)"
         )
     grid = np.asarray(devices[:tp_size], dtype=object).reshape(1, tp_size)
     return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
@@ -48,7 +48,7 @@ def check_mesh(mesh: Mesh) -> None:
         raise ValueError(f"mesh axis types must all be AxisType.Auto, got {mesh.axis_types}")
 
 
-@lru_cache(maxsize=None)
+@cache
 def sharding_for(mesh: Mesh, logical_axes: LogicalAxes) -> NamedSharding:
     """Sharding of an array whose axes have these logical names (None: not split).
 
@@ -73,8 +73,8 @@ def check_divides(name: str, shape: tuple[int, ...], logical_axes: LogicalAxes, 
         axis = _mesh_axis(mesh, logical_axis)
         if axis is not None and shape[i] % mesh.shape[axis]:
             raise ValueError(
-                f"{name} {shape}: axis {i} ({logical_axis}, size {shape[i]}) does not divide over the mesh axis"
-                f" {axis!r} of size {mesh.shape[axis]}: choose a tp_size that divides {shape[i]}"
+                f"{name} {shape}: axis {i} ({logical_axis}, size {shape[i]}) does not divide over the mesh"
+                f" axis {axis!r} of size {mesh.shape[axis]}: choose a tp_size that divides {shape[i]}"
             )
 
 

@@ -1,12 +1,11 @@
 """Writes the golden fixtures beside this file: tiny checkpoints and what Hugging Face computes with them.
 
-    python tests/golden/make_golden.py            # from the repository root; takes about a minute on a CPU
+    python tests/golden/make_golden.py            # from the repository root; takes seconds on a CPU
 
 Needs torch and transformers, which jaxgen's own environment does not have. A throwaway one:
 
-    python3 -m venv /tmp/hf && /tmp/hf/bin/pip install torch transformers safetensors \
-        --extra-index-url https://download.pytorch.org/whl/cpu
-    /tmp/hf/bin/python tests/golden/make_golden.py
+    python3 -m venv hf-venv && hf-venv/bin/pip install torch transformers safetensors
+    hf-venv/bin/python tests/golden/make_golden.py
 
 Each `<family>/` gets config.json (in the form public checkpoints have), float32 safetensors with random
 weights, and expected.json: for every prompt its ids, the log-probability of each id given those before it,
@@ -138,7 +137,7 @@ FAMILIES = {
         "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0},
         "use_sliding_window": True,
         "sliding_window": 12,
-        "max_window_layers": 3,
+        "max_window_layers": 1,
         "attention_bias": False,
         "tie_word_embeddings": True,
     },

@@ -89,7 +89,7 @@ class Runner:
         return self.page_table[row, positions // PAGE_SIZE] * PAGE_SIZE + positions % PAGE_SIZE
 
     def prefill(self, chunks: list[tuple[int, list[int], int]], bucket: int) -> list[np.ndarray]:
-        """Chunks (row, ids, start position), packed and padded to `bucket` tokens; logits [len, V] of each."""
+        """Run chunks (row, ids, start position) padded to `bucket` tokens; logits [len, V] of each chunk."""
         tokens, positions = np.full(bucket, -1, np.int32), np.zeros(bucket, np.int32)
         slots = np.full(bucket, self.max_rows * self.max_pages * PAGE_SIZE, np.int32)
         cu_seqlens = np.zeros(self.max_rows + 1, np.int32)
@@ -152,6 +152,8 @@ def run_cases(runner: Runner, prompts: list[list[int]], new_tokens: int, chunk: 
             greedy[row].append(int(row_scores.argmax()))
             greedy_logprobs[row].append(float(row_scores.max()))
         if step + 1 < new_tokens:
-            out = runner.decode([ids[-1] for ids in greedy], [len(p) + step for p in prompts])
-            last = list(log_softmax(out))
+            empty = runner.max_rows - len(prompts)
+            tokens = [ids[-1] for ids in greedy] + [None] * empty
+            out = runner.decode(tokens, [len(p) + step for p in prompts] + [0] * empty)
+            last = list(log_softmax(out[: len(prompts)]))
     return prompt_logprobs, greedy, greedy_logprobs

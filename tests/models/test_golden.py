@@ -1,9 +1,11 @@
 """Every family computes what Hugging Face computes, however the prompt is cut and wherever its pages are."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
-from tests.models.harness import FAMILIES, golden_runner, load_cases, run_cases
+from tests.models.harness import FAMILIES, golden_runner, load_cases, load_config, run_cases
 
 
 def check_against_golden(family: str, tp_size: int = 1) -> None:
@@ -20,3 +22,34 @@ def check_against_golden(family: str, tp_size: int = 1) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_matches_hugging_face(family):
     check_against_golden(family)
+
+
+@pytest.mark.parametrize(
+    ("family", "without"),
+    [
+        ("llama3", lambda c: {"rope": replace(c.rope, scaling=None)}),
+        ("llama_yarn", lambda c: {"rope": replace(c.rope, attention_factor=1.0)}),
+        ("llama_yarn", lambda c: {"rope": replace(c.rope, scaling=None)}),
+        ("llama_yarn", lambda c: {"attention_out_bias": False}),
+        ("llama_yarn", lambda c: {"mlp_bias": False}),
+        ("qwen2", lambda c: {"attention_bias": False}),
+        ("qwen3", lambda c: {"qk_norm": False}),
+        ("qwen3", lambda c: {"sliding_windows": (None,) * c.num_layers}),
+        ("mistral", lambda c: {"sliding_windows": tuple(w + 1 for w in c.sliding_windows)}),
+    ],
+)
+def test_fixtures_would_notice_a_missing_feature(family, without):
+    config = load_config(family)
+    runner = golden_runner(family, config=replace(config, **without(config)))
+    case = load_cases(family)[-1]
+    prompt_logprobs, _, _ = run_cases(runner, [case["prompt_ids"]], new_tokens=1)
+    assert np.abs(prompt_logprobs[0] - case["prompt_logprobs"]).max() > 0.05
+
+
+def test_tokens_do_not_depend_on_chunks_or_neighbours():
+    case = load_cases("mistral")[-1]
+    together = run_cases(golden_runner("mistral"), [case["prompt_ids"]] * 3, 4, chunk=5, bucket=16)
+    alone = run_cases(golden_runner("mistral"), [case["prompt_ids"]], 4, chunk=64, bucket=64)
+    for prompt_logprobs, greedy in zip(together[0], together[1]):
+        np.testing.assert_allclose(prompt_logprobs, alone[0][0], rtol=0, atol=1e-4)
+        assert greedy == alone[1][0] == case["greedy_ids"][:4]
