@@ -5,12 +5,12 @@ from __future__ import annotations
 import difflib
 import math
 import operator
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from itertools import islice
 from typing import Any, Self
 
+from jaxgen.patterns import compile_pattern
 from jaxgen.shown import shown
 
 ALL_TOKENS = 1 << 30  # what `top_k` is stored as when the whole vocabulary is meant
@@ -283,9 +283,9 @@ def _patterns(value: Any) -> list[str]:
                 f"stop_regex patterns may have at most {MAX_REGEX_BYTES} UTF-8 bytes, got {shown(pattern)}"
             )
         try:
-            re.compile(pattern)
-        except (re.error, RecursionError, OverflowError) as error:
-            raise ValueError(f"stop_regex {shown(pattern)} does not compile: {error}") from None
+            compile_pattern(pattern)
+        except ValueError as error:
+            raise ValueError(f"stop_regex {shown(pattern)} {error}") from None
     return patterns
 
 

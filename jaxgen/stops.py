@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-REGEX_TAIL = 1024  # characters before the newest text that a pattern is searched in
+from jaxgen.patterns import PatternSearch
 
 
 @dataclass(frozen=True)
@@ -30,7 +29,7 @@ class StopMatcher:
         self._stops = list(stops)
         self._regexes = list(regexes)
         self._trim = not no_stop_trim
-        self._compiled = [re.compile(pattern) for pattern in regexes]
+        self._searches = [PatternSearch(pattern) for pattern in regexes]
         # A pattern that occurs literally is cut like a stop string, so its literal form is followed as well.
         self._followed = self._stops + self._regexes
         self._failures = [_failure_table(stop) for stop in self._followed]
@@ -38,7 +37,6 @@ class StopMatcher:
             self._followed
         )  # length of the longest prefix of each that the text ends with
         self._length = 0
-        self._tail = ""
 
     @property
     def held(self) -> int:
@@ -57,16 +55,13 @@ class StopMatcher:
             if index in ends:
                 end = base + ends[index]
                 return Match("stop", stop, end - len(stop) if self._trim else end)
-        if not self._compiled:
-            return None
-        text = self._tail + new + pending
-        self._tail = (self._tail + new)[-REGEX_TAIL:]
-        for offset, pattern in enumerate(self._compiled):
-            if (new or pending) and pattern.search(text):
+        for offset, search in enumerate(self._searches):
+            search.push(new)
+            if (new or pending) and search.found(pending):
                 cut = None
                 literal = self._regexes[offset]
-                if (end := ends.get(len(self._stops) + offset)) is not None:
-                    cut = base + end - (len(literal) if self._trim else 0)
+                if (position := ends.get(len(self._stops) + offset)) is not None:
+                    cut = base + position - (len(literal) if self._trim else 0)
                 return Match("regex", literal, cut)
         return None
 

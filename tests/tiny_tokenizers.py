@@ -25,13 +25,16 @@ def byte_level() -> PreTrainedTokenizerFast:
     tokenizer.add_special_tokens(["<|bos|>", "<|eos|>", "<|eom_id|>"])
     tokenizer.add_tokens([AddedToken("<tool call>", special=False), AddedToken("☃ snow", special=False)])
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<|bos|>", eos_token="<|eos|>", clean_up_tokenization_spaces=True
+        tokenizer_object=tokenizer,
+        bos_token="<|bos|>",
+        eos_token="<|eos|>",
+        clean_up_tokenization_spaces=True,
     )
 
 
 @cache
 def byte_fallback(strip: bool = True) -> PreTrainedTokenizerFast:
-    """SentencePiece-like BPE: pieces of text with `▁` for spaces, and one token per byte for everything else."""
+    """SentencePiece-like BPE: pieces with `▁` for spaces, and one token per byte for everything else."""
     names = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
     names += list("▁abcdefghijklmnopqrstuvwxyzHTD.,!'é好")
     merges = [("▁", "t"), ("h", "e"), ("▁t", "he"), ("▁", "a"), ("l", "l"), ("o", "r"), ("▁", "▁")]
