@@ -11,9 +11,9 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas import reference
+from kernels_pallas import decode_kernel, mosaic, reference
 
-Implementation = Literal["reference"]
+Implementation = Literal["reference", "mosaic"]
 
 
 def write_kv(
@@ -79,7 +79,7 @@ def paged_decode(
         window: only the last `window` positions are seen, the query's own among them.
         softcap: scores become `softcap * tanh(scores / softcap)`.
         sinks: [N], a logit per query head that takes part in the softmax and has no value.
-        implementation: forces one implementation; by default the fastest that supports the operands.
+        implementation: 'reference' or 'mosaic' forces one; by default the kernel where it can run.
 
     Returns:
         [B, N, H] in the dtype of q; the softmax and the sums are float32.
@@ -90,8 +90,10 @@ def paged_decode(
     _check_attention(q, k_pages, v_pages, page_table, lengths, window, softcap, sinks)
     if page_table.shape[0] != q.shape[0]:
         raise ValueError(f"page_table has {page_table.shape[0]} rows for {q.shape[0]} lanes")
-    _check_implementation(implementation)
-    return reference.paged_decode(
+    reason = decode_kernel.unsupported(q, k_pages, v_pages)
+    kernel = _runs_kernel("paged_decode", implementation, reason)
+    attend = decode_kernel.paged_decode if kernel else reference.paged_decode
+    return attend(
         q,
         k_pages,
         v_pages,
@@ -142,7 +144,7 @@ def ragged_prefill(
     _check_attention(q, k_pages, v_pages, page_table, lengths, window, softcap, sinks)
     if cu_seqlens.shape != (page_table.shape[0] + 1,):
         raise ValueError(f"cu_seqlens must be [R + 1] = [{page_table.shape[0] + 1}], got {cu_seqlens.shape}")
-    _check_implementation(implementation)
+    _runs_kernel("ragged_prefill", implementation, "it has no kernel")
     return reference.ragged_prefill(
         q,
         k_pages,
@@ -213,9 +215,20 @@ def gumbel_noise(seeds: jax.Array, positions: jax.Array, vocab_size: int) -> jax
     return reference.gumbel_noise(seeds, positions, vocab_size)
 
 
-def _check_implementation(implementation: str | None) -> None:
-    if implementation not in (None, "reference"):
-        raise ValueError(f"implementation {implementation!r} is unknown; use None or 'reference'")
+def _runs_kernel(op: str, implementation: str | None, unsupported: str | None) -> bool:
+    """Whether the Mosaic GPU kernel runs; `unsupported` says why it cannot take the operands, or None."""
+    if implementation == "reference":
+        return False
+    if implementation == "mosaic":
+        if unsupported is not None:
+            raise ValueError(f"the {op} kernel cannot run: {unsupported}; use implementation=None")
+        return True
+    if implementation is not None:
+        raise ValueError(f"implementation {implementation!r} is unknown; use None, 'reference' or 'mosaic'")
+    reason = mosaic.device_without_kernels() or unsupported
+    if reason is not None and mosaic.default_device().platform == "gpu":
+        mosaic.report_fallback(op, reason)
+    return reason is None
 
 
 def _check_pages(k_pages: jax.Array, v_pages: jax.Array) -> None:

@@ -1,0 +1,108 @@
+"""What the Mosaic GPU kernels for Hopper share: when they can run, and the helpers they are built of."""
+
+import functools
+import logging
+import math
+
+import jax
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+
+LOG2E = math.log2(math.e)
+MASKED = -1e30  # finite, so that the difference of two masked scores is not NaN
+ROWS = 64  # rows of a wgmma tile, one warpgroup's share
+
+_log = logging.getLogger(__name__)
+
+
+def default_device() -> jax.Device:
+    """The device that computations go to unless told otherwise."""
+    device = jax.config.jax_default_device
+    if device is None:
+        return jax.devices()[0]
+    return jax.devices(device)[0] if isinstance(device, str) else device
+
+
+def device_without_kernels() -> str | None:
+    """Why the default device cannot run the wgmma kernels (only capability 9.0 can); None if it can."""
+    device = default_device()
+    if device.platform != "gpu":
+        return f"the device is a {device.platform}"
+    capability = getattr(device, "compute_capability", "unknown")
+    return None if capability == "9.0" else f"the device has compute capability {capability}, not 9.0"
+
+
+@functools.cache
+def report_fallback(op: str, reason: str) -> None:
+    """Log once per process and cause that a GPU runs the reference instead of a kernel."""
+    _log.warning("kernels_pallas.%s runs its jax.numpy reference: %s", op, reason)
+
+
+def out_like(shape: tuple[int, ...], dtype, *operands: jax.Array) -> jax.ShapeDtypeStruct:
+    """Output type of a kernel; in `shard_map` it varies over the mesh axes that any operand does."""
+    varying = frozenset().union(*(getattr(jax.typeof(x), "vma", frozenset()) for x in operands))
+    return jax.ShapeDtypeStruct(shape, dtype, vma=varying) if varying else jax.ShapeDtypeStruct(shape, dtype)
+
+
+def operand_buffer(shape: tuple[int, ...], dtype, like: int | None = None) -> plgpu.SMEM:
+    """Shared memory for a wgmma operand [..., rows, columns], tiled and swizzled; saying so spares a search.
+
+    The two operands of a wgmma share one swizzle: `like` is the number of columns that decides it.
+    """
+    bits = jnp.dtype(dtype).itemsize * 8
+    swizzle = plgpu.find_swizzle((like or shape[-1]) * bits)
+    transforms = (plgpu.TilingTransform((8, swizzle * 8 // bits)), plgpu.SwizzleTransform(swizzle))
+    return plgpu.SMEM(shape, dtype, transforms=transforms)
+
+
+def dot(left, right, shape: tuple[int, int]):
+    """Product float32 of two operands in shared memory."""
+
+    def multiply(acc):
+        plgpu.wgmma(acc, left, right)
+        return acc[...]
+
+    return pl.run_scoped(multiply, plgpu.ACC(shape, jnp.float32))
+
+
+def softmax_state(rows: int, head_dim: int):
+    """Accumulator [rows, H], running maximum and denominator [rows] in registers, before any key."""
+    layout = plgpu.Layout.WGMMA
+    acc = plgpu.layout_cast(jnp.zeros((rows, head_dim), jnp.float32), layout)
+    maximum = plgpu.layout_cast(jnp.full((rows,), MASKED, jnp.float32), layout.reduce(1))
+    denominator = plgpu.layout_cast(jnp.zeros((rows,), jnp.float32), layout.reduce(1))
+    return acc, maximum, denominator
+
+
+def dot_keys(queries, keys, rows: int, block: int):
+    """Scores [rows, block] float32 of queries [rows, H] and keys [block, H], both in shared memory."""
+
+    def multiply(acc):
+        plgpu.wgmma(acc, queries, keys.transpose((1, 0)))
+        return acc[...]
+
+    return pl.run_scoped(multiply, plgpu.ACC((rows, block), jnp.float32))
+
+
+def add_values(acc, weights, values, *, interpret: bool):
+    """acc [rows, H] float32 plus weights [rows, block] in registers times values [block, H] in SMEM."""
+    if interpret:  # the interpreter has no wgmma with a register operand
+        acc = acc + jnp.dot(weights, values[...], preferred_element_type=jnp.float32)
+        plgpu.commit_smem()  # an ordinary read before the copy engine overwrites the slot
+        return acc
+    return pl.run_state(lambda ref: plgpu.wgmma(ref, weights, values))(plgpu.ACC.init(acc))
+
+
+def zero_rows_outside(values, block: int, head_dim: int, first, stop) -> None:
+    """Zero rows of values [block, H] in shared memory outside [first, stop): 0 times garbage may be NaN."""
+    row = plgpu.broadcasted_iota(jnp.int32, (block, head_dim), 0, layout=plgpu.Layout.WGMMA)
+    loaded = plgpu.load(values, layout=plgpu.Layout.WGMMA, optimized=False)
+    values[...] = jnp.where((row >= first) & (row < stop), loaded, jnp.zeros_like(loaded))
+    plgpu.commit_smem()
+
+
+def ceil_div(x, y: int):
+    """Ceiling of x / y for a traced x >= 0."""
+    return lax.div(x + (y - 1), jnp.int32(y))

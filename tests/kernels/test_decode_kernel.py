@@ -1,0 +1,86 @@
+"""The paged decode kernel: lowered for Hopper, interpreted with race detection on CPUs, run on a GPU."""
+
+import jax
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+from kernels_pallas import decode_kernel, mosaic, paged_decode
+from kernels_pallas.decode_kernel import DecodeConfig
+from tests.kernels import oracle
+from tests.kernels.interpreter import no_races
+
+
+def inputs(lengths, num_heads, num_kv_heads, head_dim, page_size, seed=0):
+    rng = np.random.default_rng(seed)
+    kv = oracle.paged(rng, lengths, num_kv_heads, head_dim, page_size, dtype=ml_dtypes.bfloat16)
+    return rng.normal(size=(len(lengths), num_heads, head_dim)).astype(ml_dtypes.bfloat16), kv
+
+
+def attend(q, kv, config, *, window=None, softcap=None, sinks=None, interpret=None):
+    operands = (q, kv.k_pages, kv.v_pages, kv.page_table, kv.lengths, sinks)
+    return decode_kernel._decode(*operands, q.shape[2] ** -0.5, window, softcap, config, interpret)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "heads", "head_dim", "page_size", "config", "options"),
+    [
+        ([100, 0, 130], (2, 1), 64, 16, DecodeConfig(64, 2, 2), {}),
+        ([200], (3, 1), 64, 64, DecodeConfig(64, 2, 1), {"window": 70, "softcap": 4.0}),
+        ([1, 129], (8, 2), 64, 128, DecodeConfig(64, 2, 2), {"with_sinks": True}),
+        ([300, 64], (9, 1), 128, 8, DecodeConfig(128, 1, 1), {"window": 3}),
+    ],
+)
+def test_interpreted_kernel_is_softmax_attention_without_races(
+    lengths, heads, head_dim, page_size, config, options
+):
+    q, kv = inputs(lengths, *heads, head_dim, page_size)
+    options = dict(options)
+    sinks = np.linspace(-1, 2, heads[0]).astype(np.float32) if options.pop("with_sinks", False) else None
+    with no_races():
+        got = attend(
+            q, kv, config, sinks=sinks, interpret=plgpu.InterpretGPUParams(detect_races=True), **options
+        )
+    assert oracle.relative_error(got, oracle.decode(q, kv, sinks=sinks, **options)) < 1e-2
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("page_size", [8, 16, 128])
+@pytest.mark.parametrize("heads", [(32, 8), (14, 2), (16, 1)])
+def test_default_configuration_lowers_for_hopper(head_dim, page_size, heads):
+    pages = jax.ShapeDtypeStruct((50, heads[1], page_size, head_dim), jnp.bfloat16)
+    q = jax.ShapeDtypeStruct((4, heads[0], head_dim), jnp.bfloat16)
+    table, lengths = jax.ShapeDtypeStruct((4, 12), jnp.int32), jax.ShapeDtypeStruct((4,), jnp.int32)
+    assert decode_kernel.unsupported(q, pages, pages) is None
+    attend = jax.jit(lambda *a: paged_decode(*a, window=100, softcap=3.0, implementation="mosaic"))
+    lowered = attend.trace(q, pages, pages, table, lengths).lower(lowering_platforms=("cuda",))
+    assert "mosaic_gpu" in lowered.as_text()
+
+
+def test_operands_the_kernel_cannot_take_are_named():
+    q, kv = inputs([5], 2, 1, 32, 8)
+    with pytest.raises(ValueError, match="head_dim 32"):
+        paged_decode(q, kv.k_pages, kv.v_pages, kv.page_table, kv.lengths, implementation="mosaic")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(mosaic.device_without_kernels() is not None, reason="needs a Hopper GPU")
+@pytest.mark.parametrize("heads", [(32, 8), (14, 2), (9, 3), (16, 1), (4, 4)])
+@pytest.mark.parametrize(("head_dim", "page_size"), [(64, 8), (64, 64), (128, 16), (128, 128), (256, 32)])
+@pytest.mark.parametrize("options", [{}, {"window": 500, "softcap": 20.0}, {"with_sinks": True}])
+def test_kernel_on_the_gpu_is_softmax_attention(heads, head_dim, page_size, options):
+    options = dict(options)
+    q, kv = inputs([1, 0, 64, 1000, 129, 2500], *heads, head_dim, page_size)
+    sinks = np.linspace(-1, 2, heads[0]).astype(np.float32) if options.pop("with_sinks", False) else None
+    want = oracle.decode(q, kv, sinks=sinks, **options)
+    operands = [jnp.asarray(x) for x in (q, kv.k_pages, kv.v_pages, kv.page_table, kv.lengths)]
+    for splits in (1, 5):
+        config = DecodeConfig(64, 2, splits)
+        got = decode_kernel._decode(
+            *operands, sinks, head_dim**-0.5, options.get("window"), options.get("softcap"), config, None
+        )
+        assert oracle.relative_error(got, want) < 1e-2
+    got = paged_decode(*operands, sinks=sinks, **options)
+    assert oracle.relative_error(got, want) < 1e-2
