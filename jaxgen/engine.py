@@ -252,7 +252,9 @@ class Engine:
         """Ends a request by its exact id or a batch by its base id; returns at once. Unknown ids are no-ops."""
         loop = self._check_alive()
         with self._active_lock:
-            rids = [r for r, response in self._active.items() if abort_all or rid in (r, response.spec.base_rid)]
+            rids = [
+                r for r, response in self._active.items() if abort_all or rid in (r, response.spec.base_rid)
+            ]
         loop.abort(rids)
 
     def pause_generation(self, mode: str = "abort") -> None:
@@ -273,7 +275,9 @@ class Engine:
     def get_server_info(self) -> dict[str, Any]:
         """Configuration as resolved, and the state of the scheduler (API specification 9.2)."""
         loop = self._check_alive()
-        return loop.call(lambda: server_info(self.server_args, self.startup_report, loop, self._factory.limits))
+        return loop.call(
+            lambda: server_info(self.server_args, self.startup_report, loop, self._factory.limits)
+        )
 
     def get_model_info(self) -> dict[str, Any]:
         return model_info(self.server_args)

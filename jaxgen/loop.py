@@ -301,9 +301,7 @@ def _record_chunk(chunk: Chunk, row: int, offset: int, result: StepResult) -> No
     request, sink = chunk.request, chunk.request.sink
     if request.return_logprob and request.logprob_start >= 0 and result.input_logprobs is not None:
         span = slice(offset, offset + chunk.length)
-        sink.add_input_logprobs(
-            request, chunk.start, jax.tree.map(lambda a: a[span], result.input_logprobs)
-        )
+        sink.add_input_logprobs(request, chunk.start, jax.tree.map(lambda a: a[span], result.input_logprobs))
     if not chunk.last:
         return
     if request.return_logprob and result.logprobs is not None:

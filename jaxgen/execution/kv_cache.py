@@ -76,9 +76,7 @@ def cpu_kv_budget() -> int:
     return min(2048 * MIB, host_memory_bytes() // 8)
 
 
-def gpu_kv_budget(
-    *, limit: int, weights: int, lane_state: int, temp: int, fraction: float | None
-) -> int:
+def gpu_kv_budget(*, limit: int, weights: int, lane_state: int, temp: int, fraction: float | None) -> int:
     """KV bytes per GPU.
 
     With an explicit fraction (mem_fraction_static) weights + KV fill that share of `limit`. Otherwise KV gets

@@ -109,9 +109,7 @@ class Runner:
         self._steps = StepTable(self._build_step, strict=config.strict_compile)
         with report.phase("plan memory"):
             self.kv_shape = self._plan_kv()
-        self.max_pages = min(
-            -(-config.context_length // config.page_size), self.kv_shape.num_pages
-        )
+        self.max_pages = min(-(-config.context_length // config.page_size), self.kv_shape.num_pages)
         self._state_shapes = self._lane_shapes(EDIT_WIDTH, LOGPROB_WIDTH)
         self.mirror = RowMirror(config.rows, self.max_pages, EDIT_WIDTH, LOGPROB_WIDTH)
         with report.phase("load weights"):
@@ -165,9 +163,7 @@ class Runner:
     def _plan_kv(self) -> kv_cache.KVShape:
         """How many pages the pool gets: the least of what memory allows and what the user asked for."""
         config = self.config
-        probe = kv_cache.KVShape.of(
-            self.model_config, PROBE_PAGES, config.page_size, config.kv_dtype
-        )
+        probe = kv_cache.KVShape.of(self.model_config, PROBE_PAGES, config.page_size, config.kv_dtype)
         tensor = self.mesh.shape["tensor"]
         limit = kv_cache.device_memory_bytes(self.device)
         if limit is None:
@@ -305,14 +301,10 @@ class Runner:
         else:
             _, tokens, rows, variant, *widths = key
             function = prefill_step(self._spec, tokens, rows, variant)
-            ints, floats = layout.prefill_layouts(
-                tokens, rows, self.max_pages, *widths, full=variant.full
-            )
+            ints, floats = layout.prefill_layouts(tokens, rows, self.max_pages, *widths, full=variant.full)
             uploads = [packed(ints.size), packed(floats.size, jnp.float32)]
         state_out = jax.tree.map(lambda _: put, self._state_shapes)
-        jitted = jax.jit(
-            function, donate_argnums=(1, 2), out_shardings=(put, kv_out, state_out)
-        )
+        jitted = jax.jit(function, donate_argnums=(1, 2), out_shardings=(put, kv_out, state_out))
         return jitted.lower(self._abstract_weights, kv, self._state_shapes, *uploads).compile()
 
     @property
@@ -387,9 +379,7 @@ class Runner:
         bucket = self._prefill_bucket(tokens, len(requests))
         uploads = pack_prefill(plan, self.mirror, fresh, *bucket, variant)
         step = self._steps.get(self._prefill_key(bucket, variant))
-        output, self.kv, self.state = step(
-            self.weights, self.kv, self.state, *map(self._put, uploads)
-        )
+        output, self.kv, self.state = step(self.weights, self.kv, self.state, *map(self._put, uploads))
         return Launched(
             plan,
             output,
@@ -419,7 +409,9 @@ class Runner:
         for variant in self._lane_variants:
             if variant.sample >= sample and variant.full >= full and variant.top_logprobs >= top:
                 return variant
-        return Variant(sample=True, full=True, top_logprobs=min(_power_of_two(top), self.model_config.vocab_size))
+        return Variant(
+            sample=True, full=True, top_logprobs=min(_power_of_two(top), self.model_config.vocab_size)
+        )
 
     def _decode_bucket(self, lanes_needed: int) -> int:
         buckets = self.config.decode_buckets
@@ -435,8 +427,13 @@ class Runner:
 
     def _widen(self, plan: Plan) -> None:
         """Grows the sparse fields of the lane state when a request needs more than they hold."""
-        needs = [needs_of(chunk.request) for chunk in plan.chunks if chunk.request.return_logprob
-                 or chunk.request.params.logit_bias or chunk.request.params.min_new_tokens]
+        needs = [
+            needs_of(chunk.request)
+            for chunk in plan.chunks
+            if chunk.request.return_logprob
+            or chunk.request.params.logit_bias
+            or chunk.request.params.min_new_tokens
+        ]
         edit, ids = self._widths()
         wanted = (
             max((n.edit_width for n in needs), default=0),

@@ -127,9 +127,7 @@ def draw(logits: jax.Array, params: RowParams, variant: Variant) -> jax.Array:
     return jax.lax.cond((params.floats[:, L.TEMPERATURE] > 0).any(), sampled, greedy_tokens, logits)
 
 
-def log_probabilities(
-    logits: jax.Array, chosen: jax.Array, logprob_ids: jax.Array, top: int
-) -> Logprobs:
+def log_probabilities(logits: jax.Array, chosen: jax.Array, logprob_ids: jax.Array, top: int) -> Logprobs:
     """log_softmax statistics of logits [B, V] float32 for chosen [B] and logprob_ids [B, M] (-1 = none)."""
     normaliser = jax.nn.logsumexp(logits, axis=-1, keepdims=True)  # [B, 1]
 

@@ -93,9 +93,7 @@ def decode_step(spec: StepSpec, lanes: int, variant: Variant) -> Callable:
         position = jnp.where(active, state.length.at[rows].get(mode="clip"), 0)  # [B]
         batch_table = table.at[rows].get(mode="clip")  # [B, MP]
         slots = slots_of(batch_table, position, active, spec.page_size, kv[0].shape[0])
-        batch = DecodeBatch(
-            slots=slots, page_table=batch_table, lengths=jnp.where(active, position + 1, 0)
-        )
+        batch = DecodeBatch(slots=slots, page_table=batch_table, lengths=jnp.where(active, position + 1, 0))
         model = spec.model(weights)
         tokens = state.token.at[rows].get(mode="clip")
         hidden, pages = model(tokens, position, pair_pages(kv), batch)  # [B, D]
@@ -152,15 +150,11 @@ def prefill_step(spec: StepSpec, tokens: int, rows: int, variant: Variant) -> Ca
         last = jnp.clip(f["offset"] + f["length"] - 1, 0, tokens - 1)  # [N]
         params = sampler.gather_rows(state, jnp.minimum(row, state.rows - 1), ends)
         samples = (f["flags"] & layout.SAMPLES) != 0
-        drawn, logprobs, counts = _sample(
-            spec, variant, model, hidden[last], params, counts, row, samples
-        )
+        drawn, logprobs, counts = _sample(spec, variant, model, hidden[last], params, counts, row, samples)
         input_logprobs = None
         if variant.full:
             input_logprobs = _input_logprobs(spec, model, hidden, f, owner, variant.top_logprobs)
-        state = dataclasses.replace(
-            state, token=state.token.at[row].set(drawn, mode="drop"), counts=counts
-        )
+        state = dataclasses.replace(state, token=state.token.at[row].set(drawn, mode="drop"), counts=counts)
         output = StepOutput(drawn, logprobs, input_logprobs, hidden if spec.return_hidden else None)
         return output, flatten_pages(pages), state
 
@@ -238,9 +232,7 @@ def _input_logprobs(spec: StepSpec, model, hidden, f, owner, top: int) -> Logpro
         return jax.tree.map(lambda a: a.reshape(tokens, *a.shape[2:]), jax.lax.map(one, split))
 
     wanted = ((f["flags"] & layout.INPUT_LOGPROBS) != 0).any()
-    return jax.lax.cond(
-        wanted, compute, lambda _: sampler.no_log_probabilities(tokens, width, top), None
-    )
+    return jax.lax.cond(wanted, compute, lambda _: sampler.no_log_probabilities(tokens, width, top), None)
 
 
 def copy_step(kv: Sequence[jax.Array], packed: jax.Array) -> tuple[jax.Array, ...]:
