@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import atexit
-import dataclasses
 import gc
 import logging
 import os
-import sys
 import threading
 import uuid
 import weakref
@@ -135,7 +133,7 @@ class Engine:
 
     # ---- generation
 
-    def generate(self, *args: Any, **kwargs: Any) -> Output | list[Output] | Generator[Output]:
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Generates for one prompt (returns a dict) or a list of prompts (a list of dicts, in order).
 
         Parameters are the fields of `GenerateReqInput`; the first are positional: prompt (str or list),

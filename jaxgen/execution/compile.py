@@ -7,7 +7,7 @@ import logging
 import os
 import stat
 import threading
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import jax
@@ -60,18 +60,18 @@ class StepTable:
     build(key) -> compiled executable. Thread-safe: warm-up compiles from several threads.
     """
 
-    def __init__(self, build: Callable[[Hashable], Callable], *, strict: bool):
+    def __init__(self, build: Callable[[tuple], Callable], *, strict: bool):
         self._build = build
         self._strict = strict
-        self._steps: dict[Hashable, Callable] = {}
+        self._steps: dict[tuple, Callable] = {}
         self._lock = threading.Lock()
         self._sealed = False
         self.miss_count = 0
 
-    def __contains__(self, key: Hashable) -> bool:
+    def __contains__(self, key: tuple) -> bool:
         return key in self._steps
 
-    def get(self, key: Hashable) -> Callable:
+    def get(self, key: tuple) -> Callable:
         """The compiled step for `key`, compiling it now if start-up did not."""
         step = self._steps.get(key)
         if step is None:
@@ -88,7 +88,7 @@ class StepTable:
                 self._steps[key] = step
         return step
 
-    def warm_up(self, keys: Iterable[Hashable], on_done: Callable[[Hashable], None]) -> None:
+    def warm_up(self, keys: Iterable[tuple], on_done: Callable[[tuple], None]) -> None:
         """Compiles `keys` in parallel threads; calls on_done(key) from this thread as each one is ready."""
         keys = list(keys)
         workers = max(1, min(len(keys), os.cpu_count() or 1))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -228,7 +228,7 @@ class Runner:
 
     def _warm_up(self, report: StartupReport) -> None:
         config = self.config
-        keys: list[Hashable] = [self._copy_key()]
+        keys: list[tuple] = [self._copy_key()]
         for variant in self._lane_variants:
             if config.precompile_prefill:
                 keys += [self._prefill_key(bucket, variant) for bucket in config.prefill_buckets]
@@ -239,7 +239,7 @@ class Runner:
         started = time.perf_counter()
         with report.progress("Compiling steps", len(keys), unit="step") as advance:
 
-            def done(key: Hashable) -> None:
+            def done(key: tuple) -> None:
                 report.add(f"  step {key}", time.perf_counter() - started, nested=True)
                 advance(1)
 
@@ -264,9 +264,9 @@ class Runner:
         else:
             _, tokens, rows, variant, *_ = key
             plan = Plan(kind="prefill", chunks=[], lanes=[], page_updates=[], copies=[])
-            packed = pack_prefill(plan, self.mirror, [], tokens, rows, variant)
+            uploads = pack_prefill(plan, self.mirror, [], tokens, rows, variant)
             _, self.kv, self.state = self._steps.get(key)(
-                self.weights, self.kv, self.state, *map(self._put, packed)
+                self.weights, self.kv, self.state, *map(self._put, uploads)
             )
 
     # ---- compiled steps

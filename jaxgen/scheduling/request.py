@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -16,13 +17,19 @@ if TYPE_CHECKING:
 class TextMatch(Protocol):
     """A stop found in the text; `matched` is the stop string or pattern as the user gave it."""
 
-    matched: str
+    @property
+    def matched(self) -> str: ...
 
 
 class TextStream(Protocol):
     """What a request needs of a text stream: it is fed every token and tells when a stop is complete."""
 
-    def push(self, token: int) -> TextMatch | None: ...
+    def push(self, token_id: int) -> TextMatch | None: ...
+
+    @property
+    def emittable(self) -> str: ...
+
+    def finish(self, reason: Mapping[str, Any]) -> str: ...
 
 
 def abort_reason(message: str, status_code: int | None = None, err_type: str | None = None) -> dict[str, Any]:
