@@ -187,14 +187,17 @@ class WindowState:
             new = self._decode(
                 self._ids
             )  # the window's beginning changed: what was emitted stays, start afresh
-        if new:
-            # Ids without text (skipped special tokens) would push the real context out of the window.
-            self._context = (self._context + self._ids)[-WINDOW:]
-            self._base = self._decode(self._context)
-            if self._owed and new[0] == REPLACEMENT:
-                new = new[1:]
-            self._owed = False
+        if not new:
+            # Ids without text may still matter to what follows (a first space), but skipped special tokens
+            # must not push the real context out of the window.
+            self._ids = self._ids[-MAX_PENDING:]
+            return ""
+        self._context = (self._context + self._ids)[-WINDOW:]
+        self._base = self._decode(self._context)
         self._ids = []
+        if self._owed and new[0] == REPLACEMENT:
+            new = new[1:]
+        self._owed = False
         return new
 
     def pending(self) -> str:
