@@ -76,7 +76,7 @@ def build_config(
         )
     class_name, model_type = ARCHITECTURES[architecture]
     values.prefix = architecture
-    if values.integer("expert_count", 0) > 0:
+    if values.integer("expert_count", 0, least=0) > 0:
         raise CheckpointError(
             f"{path}: mixture-of-experts models of architecture {architecture!r} are not supported"
         )
@@ -183,16 +183,14 @@ class _Values:
         self.metadata = metadata
         self.prefix = ""  # the architecture, once it is known to be supported
 
-    def integer(self, key: str, default: int | None = None) -> int:
-        """A positive integer (zero only as default); a list of equal ones counts as one."""
+    def integer(self, key: str, default: int | None = None, least: int = 1) -> int:
+        """An integer of at least ``least``; a list of equal ones, as of one per layer, counts as one."""
         value = self._get(key, default)
         if isinstance(value, np.ndarray) and value.size and (value == value.flat[0]).all():
-            value = value.flat[0].item()  # one value per layer, all the same
-        if value == default and default is not None:
-            return default
-        if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 1 << 31:
+            value = value.flat[0].item()
+        if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 1 << 31:
             raise CheckpointError(
-                f"{self.path}: metadata {self.prefix}.{key} is {value!r}, expected an integer > 0"
+                f"{self.path}: metadata {self.prefix}.{key} is {value!r}, expected an integer >= {least}"
             )
         return value
 
