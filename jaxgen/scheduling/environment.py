@@ -12,17 +12,17 @@ def read(name: str) -> str | None:
     return os.environ.get(f"JAXGEN_{name}") or os.environ.get(f"SGLANG_{name}") or None
 
 
-def timeout(name: str) -> float | None:
-    """Seconds after which a request is ended; None, and any value <= 0, means never.
+def timeout(name: str, configured: float | None = None) -> float | None:
+    """Seconds after which a request is ended, as configured or else from the environment; None: never.
+
+    A value <= 0 means never, too.
 
     Raises:
         ValueError: the variable is not a number.
     """
-    text = read(name)
-    if text is None:
-        return None
+    text = read(name) or "0"
     try:
-        seconds = float(text)
+        seconds = float(text) if configured is None else configured
     except ValueError:
         raise ValueError(f"environment variable {name}={text!r} is not a number of seconds") from None
     return seconds if seconds > 0 else None

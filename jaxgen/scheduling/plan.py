@@ -83,8 +83,8 @@ class SchedulerConfig:
         prefill_max_requests: most prefill rows a step.
         schedule_conservativeness: scales the share of a request's allowed output that admission reserves.
         test_retract: retract a row every so many decode steps; None reads JAXGEN_TEST_RETRACT, 0 is never.
-        waiting_timeout, running_timeout: seconds; None reads JAXGEN_REQ_WAITING_TIMEOUT /
-            ..._RUNNING_TIMEOUT.
+        waiting_timeout, running_timeout: seconds after which a request ends with 503, 0 is never; None reads
+            JAXGEN_REQ_WAITING_TIMEOUT and JAXGEN_REQ_RUNNING_TIMEOUT.
         seed: of the `random` policy.
     """
 

@@ -37,7 +37,7 @@ def abort_reason(message: str, status_code: int | None = None, err_type: str | N
     return {"type": "abort", "message": message, "status_code": status_code, "err_type": err_type}
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, repr=False)
 class Request:
     """Host state of one request. The first block is set by the creator, the rest by the scheduler.
 
@@ -92,6 +92,12 @@ class Request:
     match_version: int = -1
     match_length: int = 0
     prompt_key: bytes = b""
+
+    def __repr__(self) -> str:
+        return (
+            f"Request({self.rid!r}, {len(self.prompt_ids)} + {len(self.output_ids)} tokens, row {self.row}, "
+            f"finish_reason {self.finish_reason})"
+        )
 
     @property
     def num_tokens(self) -> int:

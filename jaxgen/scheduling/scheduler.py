@@ -67,13 +67,14 @@ class Scheduler:
         )
         self._ended: list[Request] = []
         self._paused: str | None = None
+        self._paused_at = 0.0
         self._num_retractions = 0
         self._decode_steps = 0
         self._retract_interval = (
             environment.retract_interval() if config.test_retract is None else config.test_retract
         )
-        self._waiting_timeout = config.waiting_timeout or environment.timeout("REQ_WAITING_TIMEOUT")
-        self._running_timeout = config.running_timeout or environment.timeout("REQ_RUNNING_TIMEOUT")
+        self._waiting_timeout = environment.timeout("REQ_WAITING_TIMEOUT", config.waiting_timeout)
+        self._running_timeout = environment.timeout("REQ_RUNNING_TIMEOUT", config.running_timeout)
         self._next_expiry_check = float("-inf")
         self._again = False  # a request ended or was retracted while planning, so planning anew may succeed
 
@@ -134,7 +135,7 @@ class Scheduler:
         None means that nothing can be launched now. If launched plans are not yet collected, collect them and
         ask again; otherwise nothing happens until a request is added.
         """
-        self._kv.pool.check_counts()
+        self.check_invariants(full=False)
         if self._paused is not None:
             return self._finish_pause()
         self._expire()
@@ -317,13 +318,24 @@ class Scheduler:
         """
         if mode not in PAUSE_MODES:
             raise ValueError(f"pause mode must be one of {', '.join(PAUSE_MODES)}; got {mode!r}")
+        if self._paused is None:
+            self._paused_at = self._clock()
         self._paused = mode
         return self.abort_all() if mode == "abort" else []
 
     def resume(self) -> None:
-        """Undo `pause`."""
+        """Undo `pause`; the time since does not count for time-outs."""
+        if self._paused is None:
+            return
         self._paused = None
+        for request in (*self._running.values(), *self._waiting):
+            request.queued_at = self._later(request.queued_at)
+            request.started_at = self._later(request.started_at)
         self._prefill.unblock()
+
+    def _later(self, moment: float) -> float:
+        """A moment moved by the part of the pause that came after it."""
+        return moment + self._clock() - max(self._paused_at, moment)
 
     @property
     def paused(self) -> bool:
