@@ -1,0 +1,195 @@
+"""Result dicts of `generate`, built from plain host data."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from jaxgen.errors import RequestError
+
+LogprobTuple = tuple[float | None, int, str | None]
+
+
+@dataclass(slots=True)
+class LogprobData:
+    """Log-probabilities of one request as plain lists or NumPy arrays.
+
+    Input lists have one entry per prompt position S .. P-1, S being logprob_start_len; what their first
+    entry holds does not matter, since the first position is conditioned on nothing that was asked for.
+    Output lists have one entry per generated token. An entry of a `top` list is `(values [k], ids [k])`,
+    descending; an entry of a `selected` list holds one value per requested id.
+    """
+
+    input_ids: Sequence[int] = ()
+    input_values: Sequence[float | None] = ()
+    input_top: Sequence[tuple[Sequence[float], Sequence[int]] | None] = ()
+    input_selected: Sequence[Sequence[float] | None] = ()
+    output_values: Sequence[float] = ()
+    output_top: Sequence[tuple[Sequence[float], Sequence[int]]] = ()
+    output_selected: Sequence[Sequence[float]] = ()
+
+
+@dataclass(slots=True)
+class RequestSnapshot:
+    """Everything a result dict is made of, at one moment of a request's life.
+
+    `text` is `None` without a tokenizer. `hidden_states` holds float arrays, first [T0, H] for the prompt
+    positions of the last prefill chunk, then [H] per later token. Times are seconds of `time.time()`.
+    """
+
+    rid: str
+    output_ids: list[int]
+    text: str | None
+    finish_reason: dict[str, Any] | None
+    prompt_tokens: int
+    cached_tokens: int = 0
+    num_retractions: int = 0
+    weight_version: str = "default"
+    cache_miss_count: int = 0
+    dp_rank: int | None = None
+    reasoning_tokens: int = 0
+    cached_tokens_details: dict[str, int] | None = None
+    index: int | None = None  # only for members of a batch
+    prompt_token_ids: list[int] | None = None  # only on request
+    return_logprob: bool = False
+    top_logprobs_num: int = 0
+    token_ids_logprob: list[int] | None = None
+    logprobs: LogprobData = field(default_factory=LogprobData)
+    return_hidden_states: bool | str = False
+    hidden_states: Sequence[np.ndarray] = ()
+    received_at: float = 0.0
+    finished_at: float | None = None
+    weight_versions: list[dict[str, Any]] | None = None
+    metrics: Mapping[str, float] | None = None  # timing keys, when enable_metrics is on
+
+
+@dataclass(frozen=True, slots=True)
+class Emitted:
+    """How much of a request earlier chunks already carried: characters of text and generated ids."""
+
+    text: int = 0
+    ids: int = 0
+
+
+def make_output(
+    snapshot: RequestSnapshot,
+    *,
+    emitted: Emitted | None = None,
+    token_text: Callable[[int], str] | None = None,
+) -> dict[str, Any]:
+    """The dict for one request: cumulative, or only what is new since `emitted`.
+
+    `token_text` gives the text of one id for logprob entries; without it that text is `None`.
+    """
+    text_from, ids_from = (emitted.text, emitted.ids) if emitted else (0, 0)
+    output: dict[str, Any] = {}
+    if snapshot.text is not None:
+        output["text"] = snapshot.text[text_from:]
+    output["output_ids"] = list(snapshot.output_ids[ids_from:])
+    if snapshot.prompt_token_ids is not None:
+        output["prompt_token_ids"] = list(snapshot.prompt_token_ids)
+    meta: dict[str, Any] = {
+        "id": snapshot.rid,
+        "finish_reason": snapshot.finish_reason,
+        "prompt_tokens": snapshot.prompt_tokens,
+        "completion_tokens": len(snapshot.output_ids),
+        "cached_tokens": snapshot.cached_tokens,
+        "cached_tokens_details": snapshot.cached_tokens_details,
+        "reasoning_tokens": snapshot.reasoning_tokens,
+        "num_retractions": snapshot.num_retractions,
+        "weight_version": snapshot.weight_version,
+        "dp_rank": snapshot.dp_rank,
+        "cache_miss_count": snapshot.cache_miss_count,
+    }
+    if snapshot.return_logprob:
+        meta.update(_logprob_lists(snapshot, ids_from, token_text))
+    if snapshot.return_hidden_states:
+        meta["hidden_states"] = _hidden_states(snapshot)
+    if snapshot.finish_reason is not None:
+        finished_at = snapshot.finished_at if snapshot.finished_at is not None else time.time()
+        span = {"version": snapshot.weight_version, "start": 0, "end": len(snapshot.output_ids)}
+        meta["e2e_latency"] = finished_at - snapshot.received_at
+        meta["response_sent_to_client_ts"] = time.time()
+        meta["weight_versions"] = [span] if snapshot.weight_versions is None else snapshot.weight_versions
+    if snapshot.metrics is not None:
+        meta.update(snapshot.metrics)
+    output["meta_info"] = meta
+    if snapshot.index is not None:
+        output["index"] = snapshot.index
+    return output
+
+
+def _logprob_lists(
+    snapshot: RequestSnapshot, ids_from: int, token_text: Callable[[int], str] | None
+) -> dict[str, Any]:
+    data = snapshot.logprobs
+
+    def entry(value: float | None, token: int) -> LogprobTuple:
+        text = token_text(int(token)) if token_text else None
+        return None if value is None else float(value), int(token), text
+
+    def entries(values: Sequence[float | None], ids: Sequence[int]) -> list[LogprobTuple]:
+        return [entry(value, token) for value, token in zip(values, ids, strict=True)]
+
+    count = len(data.output_values)
+    # The first prompt entry never has a logprob, whatever position it stands for.
+    first = [entry(None, token) for token in data.input_ids[:1]]
+    meta: dict[str, Any] = {
+        "input_token_logprobs": first + entries(data.input_values[1:], data.input_ids[1:]),
+        "output_token_logprobs": entries(data.output_values[ids_from:], snapshot.output_ids[ids_from:count]),
+        "output_token_logprobs_length": count,
+    }
+    if snapshot.top_logprobs_num > 0:
+        meta["input_top_logprobs"] = _after_first(data.input_top, lambda row: entries(*row))
+        meta["output_top_logprobs"] = [entries(*row) for row in data.output_top[ids_from:]]
+    if snapshot.token_ids_logprob:
+        wanted = snapshot.token_ids_logprob
+        meta["input_token_ids_logprobs"] = _after_first(data.input_selected, lambda row: entries(row, wanted))
+        meta["output_token_ids_logprobs"] = [entries(row, wanted) for row in data.output_selected[ids_from:]]
+    return meta
+
+
+def _after_first(rows: Sequence[Any], convert: Callable[[Any], Any]) -> list[Any]:
+    return [None if index == 0 or row is None else convert(row) for index, row in enumerate(rows)]
+
+
+def _hidden_states(snapshot: RequestSnapshot) -> list[Any]:
+    """Nested floats: all entries, or the newest vector for "last"; empty before there is any."""
+    if snapshot.return_hidden_states == "last" and len(snapshot.hidden_states):
+        newest = np.asarray(snapshot.hidden_states[-1], dtype=np.float32)
+        return (newest[-1] if newest.ndim == 2 else newest).tolist()
+    return [np.asarray(entry, dtype=np.float32).tolist() for entry in snapshot.hidden_states]
+
+
+def merge_chunks(older: dict[str, Any], newer: dict[str, Any], incremental: bool) -> dict[str, Any]:
+    """One chunk for a slow consumer out of two consecutive ones of the same request."""
+    if not incremental:
+        return newer
+    merged = dict(newer)
+    for key in ("text", "output_ids"):
+        if key in newer:
+            merged[key] = older[key] + newer[key]
+    meta = dict(newer["meta_info"])
+    for key in ("output_token_logprobs", "output_top_logprobs", "output_token_ids_logprobs"):
+        if key in meta:
+            meta[key] = older["meta_info"][key] + meta[key]
+    merged["meta_info"] = meta
+    return merged
+
+
+def raise_if_failed(finish_reason: Mapping[str, Any] | None) -> None:
+    """Raise what a non-streaming call raises for an abort: `ValueError` for status 400, `RequestError` for
+    others.
+
+    A user's own abort has no status and is a normal result.
+    """
+    if finish_reason is None or finish_reason["type"] != "abort" or finish_reason.get("status_code") is None:
+        return
+    status, message = finish_reason["status_code"], finish_reason["message"]
+    if status == 400:
+        raise ValueError(message)
+    raise RequestError(status, message)
