@@ -31,10 +31,7 @@ def read_json(path: Path) -> dict[str, Any]:
         CheckpointError: the file is unreadable, oversized, not JSON or not an object.
     """
     try:
-        if path.stat().st_size > MAX_JSON_BYTES:
-            raise CheckpointError(
-                f"{path}: larger than {MAX_JSON_BYTES >> 20} MiB, which no valid file of its kind is"
-            )
+        _check_size(path)
         value = json.loads(path.read_bytes())
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
@@ -45,6 +42,13 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: expected a JSON object, found {type(value).__name__}")
     return value
+
+
+def _check_size(path: Path) -> None:
+    if path.stat().st_size > MAX_JSON_BYTES:
+        raise CheckpointError(
+            f"{path}: has more than {MAX_JSON_BYTES >> 20} MiB, too many for its kind of file"
+        )
 
 
 def read_config(directory: Path) -> dict[str, Any]:
@@ -80,6 +84,9 @@ def load_tokenizer(path: str | Path, mode: str = "auto", trust_remote_code: bool
             f"{directory}: has no tokenizer files; give tokenizer_path, "
             "or skip_tokenizer_init=True to work on ids"
         )
+    for name in TOKENIZER_FILES:
+        if (directory / name).is_file():
+            _check_size(directory / name)
     from transformers import AutoTokenizer  # a second of import that configuration-only callers need not pay
 
     try:

@@ -80,6 +80,11 @@ def build_config(
         raise CheckpointError(
             f"{path}: mixture-of-experts models of architecture {architecture!r} are not supported"
         )
+    split_count = header.metadata.get("split.count")
+    if isinstance(split_count, int) and split_count > 1:
+        raise CheckpointError(
+            f"{path}: is one of several files of a split model; join them with llama-gguf-split --merge"
+        )
     embedding = header.tensors.get("token_embd.weight")
     if embedding is None or len(embedding.shape) != 2:
         raise CheckpointError(f"{path}: tensor 'token_embd.weight' is missing or not a matrix")

@@ -66,7 +66,9 @@ def quantize(values: np.ndarray, kind: Type) -> np.ndarray:
         return blocks.reshape(values.shape[0], -1)
 
 
-def write(path, metadata=None, weights=None, kind=Type.F32, extra_tensors=None) -> dict[str, np.ndarray]:
+def write(
+    path, metadata=None, weights=None, kind=Type.F32, extra_tensors=None, heads=(tiny.N, tiny.K)
+) -> dict[str, np.ndarray]:
     """Write a file; returns the tensors that a reader must get, under Hugging Face names and in its layout.
 
     Args:
@@ -75,6 +77,7 @@ def write(path, metadata=None, weights=None, kind=Type.F32, extra_tensors=None) 
         weights: Tensors; the tiny model's when None.
         kind: Type of all matrices. Vectors are float32, as llama.cpp leaves them.
         extra_tensors: Tensors under GGUF names, stored as they are.
+        heads: Number of query and of key heads.
     """
     weights = tiny.tensors() if weights is None else weights
     metadata = ARCHITECTURE | (metadata or {})
@@ -86,9 +89,9 @@ def write(path, metadata=None, weights=None, kind=Type.F32, extra_tensors=None) 
     read_back = {}
     for name, value in weights.items():
         order = np.arange(len(value))
-        for projection, heads in (("q_proj", tiny.N), ("k_proj", tiny.K)):
+        for projection, count in zip(("q_proj", "k_proj"), heads):
             if architecture == "llama" and projection in name:
-                order = rope_pairs(len(value), heads)
+                order = rope_pairs(len(value), count)
         stored = quantize(value[order], kind) if value.ndim > 1 else value[order]
         stored_kind = kind if value.ndim > 1 else Type.F32
         is_raw = stored.dtype == np.uint8

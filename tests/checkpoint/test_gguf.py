@@ -8,9 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import test_convert
 import tiny
 from gguf_files import Type
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from safetensors.numpy import load_file
 
 from jaxgen.checkpoint import CheckpointError, open_checkpoint
 
@@ -62,6 +64,42 @@ def test_only_llama_has_reordered_rows(tmp_path, architecture):
         np.testing.assert_array_equal(arrays[path], value)
     assert checkpoint.config["architectures"] == [f"Qwen{architecture[-1]}ForCausalLM"]
     assert checkpoint.config["model_type"] == architecture
+
+
+@pytest.mark.parametrize("family", ["llama2", "qwen2", "qwen3"])
+def test_a_family_is_the_same_model_from_either_format(tmp_path, request, family):
+    """The golden Hugging Face models, rewritten as GGUF files, give the same parameters and configuration."""
+    directory = request.config.rootpath / "tests" / "golden" / family
+    original = open_checkpoint(directory)
+    raw, name = original.config, original.config["model_type"]
+    heads = raw["num_attention_heads"], raw["num_key_value_heads"]
+    theta = raw.get("rope_theta") or raw.get("rope_parameters", {}).get("rope_theta", 10000.0)
+    values = {
+        "block_count": raw["num_hidden_layers"],
+        "context_length": raw["max_position_embeddings"],
+        "embedding_length": raw["hidden_size"],
+        "feed_forward_length": raw["intermediate_size"],
+        "attention.head_count": heads[0],
+        "attention.head_count_kv": heads[1],
+        "attention.layer_norm_rms_epsilon": raw["rms_norm_eps"],
+        "rope.freq_base": theta,
+    }
+    if "head_dim" in raw:
+        values |= {"attention.key_length": raw["head_dim"], "attention.value_length": raw["head_dim"]}
+    metadata = dict.fromkeys(gguf_files.ARCHITECTURE) | {"general.architecture": name}
+    metadata |= {f"{name}.{key}": value for key, value in values.items()}
+    metadata |= {"tokenizer.ggml.bos_token_id": 0, "tokenizer.ggml.eos_token_id": 1}
+    weights = {}
+    for file in directory.glob("*.safetensors"):
+        weights |= load_file(file)
+    gguf_files.write(tmp_path / "m.gguf", metadata, weights, heads=heads)
+    config, expected = test_convert.load(original, jnp.float32)
+    found_config, found = test_convert.load(open_checkpoint(tmp_path), jnp.float32)
+    assert found.keys() == expected.keys()
+    for path, value in expected.items():
+        np.testing.assert_array_equal(found[path], value)
+    if family != "qwen3":  # its sliding windows have no place in a GGUF file
+        assert found_config == config
 
 
 def test_config_is_that_of_hugging_face(tmp_path):
@@ -188,6 +226,7 @@ def test_per_layer_values_that_agree_count_as_one(tmp_path):
         ({"llama.rope.freq_base": -1.0}, "freq_base"),
         ({"llama.rope.scaling.type": "other", "llama.rope.scaling.factor": 2.0}, "other"),
         ({"llama.expert_count": 8}, "mixture"),
+        ({"split.count": 3}, "--merge"),
         ({"tokenizer.ggml.eos_token_id": "two"}, "eos_token_id"),
     ],
 )

@@ -121,6 +121,15 @@ def test_tokenizer_errors(tmp_path):
         checkpoint.load_tokenizer()
 
 
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json"])
+def test_oversized_files_are_not_read(tmp_path, name):
+    tiny.write_model(tmp_path, tiny.tensors())
+    with (tmp_path / name).open("ab") as file:
+        file.truncate(10 << 30)  # sparse: takes no disk space
+    with pytest.raises(CheckpointError, match=f"{name}: has more than"):
+        open_checkpoint(tmp_path).load_tokenizer()
+
+
 def test_hub_downloads_ask_for_what_is_needed(tmp_path, monkeypatch):
     tiny.write_model(tmp_path, tiny.tensors())
     asked = {}
