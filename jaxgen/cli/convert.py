@@ -7,15 +7,6 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-from flax import nnx
-from tqdm import tqdm
-
-from jaxgen.checkpoint import CheckpointError, open_checkpoint, orbax
-from jaxgen.models.config import ModelConfig
-from jaxgen.models.registry import ARCHITECTURES, build_model
-
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 
 
@@ -32,6 +23,16 @@ def convert(model: str, out: str | Path, dtype: str = "auto", *, progress: bool 
         CheckpointError: the model cannot be read, or ``out`` exists.
         ValueError: the architecture or the dtype is unknown.
     """
+    # Imported here: every other subcommand and --help would pay for them too.
+    import jax
+    import jax.numpy as jnp
+    from flax import nnx
+    from tqdm import tqdm
+
+    from jaxgen.checkpoint import CheckpointError, open_checkpoint, orbax
+    from jaxgen.models.config import ModelConfig
+    from jaxgen.models.registry import ARCHITECTURES, build_model
+
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r}")
     if Path(out).exists():  # found out before minutes of loading
