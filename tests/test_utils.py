@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import subprocess
 import sys
 import threading
 import types
@@ -154,3 +155,13 @@ def test_a_failed_download_leaves_nothing_behind(server, tmp_path):
 def test_only_web_addresses_of_files_are_downloaded(url, tmp_path):
     with pytest.raises(ValueError):
         download_and_cache_file(url)
+
+
+def test_the_front_end_loads_neither_jax_nor_transformers():
+    program = """
+import sys
+import jaxgen.io, jaxgen.outputs, jaxgen.server_args_cli, jaxgen.server_args_defaults, jaxgen.utils
+print([name for name in ("jax", "transformers", "torch") if name in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
