@@ -50,7 +50,7 @@ class TokenDecoder:
             getattr(tokenizer, "backend_tokenizer", None) if getattr(tokenizer, "is_fast", False) else None
         )
         self.kind, self.strips_first_space = _decoder_kind(backend)
-        self._backend = backend
+        self._backend: Any = backend  # None only in the generic way, which never looks ids up
         self._special: frozenset[str] = frozenset()
         if backend is not None:
             added = backend.get_added_tokens_decoder().values()

@@ -118,7 +118,8 @@ def _emit(operation: Any, argument: Any, flags: int, program: list[Instruction])
     elif operation is _constants.BRANCH:
         _emit_branches(argument[1], flags, program)
     elif operation in (_constants.MAX_REPEAT, _constants.MIN_REPEAT):
-        _emit_repeat(*argument, flags, program)
+        low, high, items = argument
+        _emit_repeat(low, high, items, flags, program)
     else:
         name = str(operation).lower().replace("_", " ")
         raise ValueError(

@@ -67,7 +67,7 @@ class StopMatcher:
 
     def _advance(self, text: str, commit: bool) -> dict[int, int]:
         """Where each string is first completed inside `text` (index of its end), by index of the string."""
-        ends = {}
+        ends: dict[int, int] = {}
         for index, (stop, failure) in enumerate(zip(self._followed, self._failures)):
             state = self._states[index]
             position = 0

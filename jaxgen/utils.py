@@ -98,6 +98,9 @@ def download_and_cache_file(url: str, filename: str | None = None) -> str:
     try:
         with os.fdopen(descriptor, "wb") as file, urllib.request.urlopen(url) as response:
             shutil.copyfileobj(response, file)
+            announced = response.headers.get("Content-Length")
+            if announced is not None and file.tell() != int(announced):
+                raise OSError(f"the download of {url} broke off: {file.tell()} of {announced} bytes")
         os.replace(partial, target)
     except BaseException:
         os.unlink(partial)

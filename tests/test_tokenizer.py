@@ -16,7 +16,7 @@ from jaxgen.tokenizer import (
     encode,
     eos_token_ids,
 )
-from tests.tiny_tokenizers import byte_fallback, byte_level, metaspace
+from tests.tiny_tokenizers import byte_fallback, byte_level, metaspace, plain_bytes, word_pieces
 
 TEXTS = ["Hello 好 😊 the", "the 👨‍👩‍👧 é", " 🇩🇪", "all  or\n", "สวัสดี", ""]
 
@@ -81,7 +81,7 @@ def random_case(tokenizer, rng):
     return ids(10), ids(24), rng.random() < 0.5
 
 
-@pytest.mark.parametrize("make", [byte_level, metaspace])
+@pytest.mark.parametrize("make", [byte_level, metaspace, word_pieces, plain_bytes])
 def test_random_sequences_stream_to_the_one_shot_decode(make):
     tokenizer, rng = make(), random.Random(17)
     decoder = TokenDecoder(tokenizer)

@@ -3,7 +3,7 @@
 from functools import cache
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 CORPUS = [
     "Hello world, the quick brown fox jumps over the lazy dog. Don't stop!\n",
@@ -67,3 +67,21 @@ def metaspace() -> PreTrainedTokenizerFast:
     )
     tokenizer.train_from_iterator(CORPUS, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", unk_token="<unk>")
+
+
+@cache
+def word_pieces() -> PreTrainedTokenizerFast:
+    """WordPiece, whose decoder joins pieces and closes up punctuation."""
+    words = ["[UNK]", "[SEP]", "the", "fox", "##es", "do", "n", "'", "t", ".", "##x", "é", "!", "s"]
+    model = models.WordPiece({word: index for index, word in enumerate(words)}, unk_token="[UNK]")
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece()
+    tokenizer.add_special_tokens(["[UNK]", "[SEP]"])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]", sep_token="[SEP]")
+
+
+@cache
+def plain_bytes() -> ByT5Tokenizer:
+    """One token per byte, in pure Python: bytes that are no character vanish instead of showing as U+FFFD."""
+    return ByT5Tokenizer()
