@@ -188,7 +188,7 @@ class PrefixCache:
 
         `pages[i]` holds ids [i * page_size, (i + 1) * page_size) of the key. Pages that become nodes pass
         from the caller to the cache, and the caller keeps reading them under its lock. Where the tree already
-        has an equal page, the caller's stays its own.
+        has an equal page that is in use, the caller's stays its own.
 
         Args:
             locked: where the caller's lock ends now, on the path of `key`: a match's node or an earlier
@@ -203,16 +203,18 @@ class PrefixCache:
         for offset in range(node.depth * self._width, len(key), self._width):
             piece = key[offset : offset + self._width]
             child = node.children.get(piece)
-            if child is not None and child is not own_tail and len(piece) < self._width:
-                break  # another request's equal tail: nothing to add, no reason to pin it
+            if own_tail is not None and child is not None and child is not own_tail:
+                self._withdraw(own_tail)  # another request was faster to fill an equal page
+                own_tail = None
             if child is None:
                 if len(piece) < self._width and _is_extended(node, piece):
                     break
-                if own_tail is not None and own_tail.parent is node:
-                    child = own_tail
-                else:
-                    child = self._adopt(pages[node.depth], node)
+                child = own_tail or self._adopt(pages[node.depth], node)
                 self._place(child, node, piece)
+            elif child is not own_tail and len(piece) < self._width:
+                break  # another request's equal tail: nothing to add, no reason to pin it
+            elif child.locks == 0 and child.page != pages[node.depth]:
+                self._replace_page(child, pages[node.depth])
             if child is own_tail:
                 own_tail, lock_end = None, child
             child.last_used = self._clock
@@ -228,6 +230,12 @@ class PrefixCache:
         self._pool.to_cached(page)
         self.num_unlocked += 1
         return Node(b"", page, parent)
+
+    def _replace_page(self, node: Node, page: int) -> None:
+        """Keep the caller's equal page instead of one that nobody reads, which the lock would only waste."""
+        self._pool.release_cached([node.page])
+        self._pool.to_cached(page)
+        node.page = page
 
     def _place(self, node: Node, parent: Node, key: bytes) -> None:
         """Set or lengthen the key of `node`, dropping unlocked tails that are now a part of it."""

@@ -189,7 +189,7 @@ class Scheduler:
                 self._retract(request)
             outcome = self._prefill.plan(self._clock())
         if isinstance(outcome, Unservable):
-            self._end_for_memory(outcome.request)
+            self._give_up(outcome.request)
             return None
         return outcome
 
@@ -229,7 +229,7 @@ class Scheduler:
             self._retract(victims.pop(0))
             self._lanes.refresh()
         if self._kv.lanes_missing(self._lanes.rows) > self._kv.available:
-            self._end_for_memory(victims[0])
+            self._give_up(victims[0])
             self._lanes.refresh()
         self._ratio.after_retraction(list(self._running.values()))
 
@@ -279,7 +279,16 @@ class Scheduler:
         self._ended.append(request)
         self._again = True
 
-    def _end_for_memory(self, request: Request) -> None:
+    def _give_up(self, request: Request) -> None:
+        """The only running request, or a waiting one while none runs, lacks pages.
+
+        Its lock can pin equal pages that others computed and left. If it would fit without them it starts
+        anew, alone; otherwise it ends.
+        """
+        running = request.row >= 0
+        if running and self._kv.pages_of(request.kv_len + 1) <= self._kv.pool.num_pages:
+            self._retract(request)
+            return
         message = (
             f"The KV pool of {self._kv.pool.num_pages * self._kv.page_size} tokens cannot hold this request "
             f"({request.num_tokens} tokens so far) even alone. Raise max_total_tokens or shorten the request."

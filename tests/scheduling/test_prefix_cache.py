@@ -177,6 +177,29 @@ def test_parents_outlive_their_children_and_locked_pages_stay() -> None:
     assert cache.evict(100) == 1 and pool.num_free == 8
 
 
+def test_a_namespace_without_pages_is_forgotten() -> None:
+    cache = PrefixCache(PagePool(8), 2)
+    node = cache.match("salt", key_of([1, 2, 3]), 3).node
+    cache.lock(node)
+    assert list(cache._roots) == [b"salt"]
+    cache.unlock(node)
+    assert not cache._roots
+
+
+def test_recomputing_an_unused_prefix_does_not_hold_it_twice() -> None:
+    pool = PagePool(8)
+    cache = PrefixCache(pool, 2)
+    put(cache, pool, [1, 2, 3, 4])
+    root = cache.match("", key_of([1]), 0).node
+    cache.lock(root)
+    pages = pool.allocate(3)
+    node = cache.insert(key_of([1, 2, 3, 4, 5]), pages, root)
+    assert (pool.num_free, cache.num_unlocked) == (5, 0)
+    assert cache.match("", key_of([1, 2, 3, 4, 5]), 4).pages == pages[:2]
+    cache.unlock(node)
+    cache.check()
+
+
 def test_namespaces_share_nothing() -> None:
     pool = PagePool(8)
     cache = PrefixCache(pool, 2)

@@ -98,6 +98,8 @@ def run_load(seed: int, steps: int) -> int:
             disturb(harness, rng)
             harness.scheduler.check_invariants()
     harness.run(full_check=False)
+    codes = {request.finish_reason["status_code"] for request in harness.ended if request.finish_reason}
+    assert 500 not in codes, "every request of this load fits the pool when it is alone"
     assert harness.scheduler.flush_cache()
     assert harness.scheduler.stats().free_pages == harness.scheduler.config.num_pages
     return harness.steps

@@ -13,6 +13,7 @@ import pytest
 from scheduling_harness import EOS, VOCAB, Harness, Params, expected_output, hashes
 
 from jaxgen.scheduling import NEED_COLLECT, Plan, Request, Scheduler, SchedulerConfig
+from jaxgen.scheduling.estimate import NewTokenRatio
 
 
 def config(**fields: Any) -> SchedulerConfig:
@@ -279,6 +280,74 @@ def test_a_prompt_larger_than_the_pool_ends_with_500_and_the_next_is_served() ->
         harness.run()
         assert huge.finish_reason is not None and huge.finish_reason["status_code"] == 500
         assert small.finish_reason == {"type": "length", "length": 2}
+
+
+def test_a_prompt_that_fills_the_pool_reuses_what_leaves_room() -> None:
+    harness = Harness(config(num_pages=4, page_size=4))
+    serve(harness, ids(14), max_new_tokens=0)
+    request = serve(harness, ids(16), max_new_tokens=0)
+    assert (request.cached_tokens, harness.ended) == (12, [])
+
+
+@pytest.mark.parametrize("chunk", [None, 16])
+def test_recomputing_a_cached_prompt_needs_no_more_pages_than_computing_it(chunk: int | None) -> None:
+    harness = Harness(config(num_pages=8, page_size=8, chunked_prefill_size=chunk))
+    serve(harness, ids(30), max_new_tokens=25)
+    again = serve(harness, ids(30), max_new_tokens=25, return_logprob=True, logprob_start=0)
+    assert (again.finish_reason, again.num_retractions) == ({"type": "length", "length": 25}, 0)
+
+
+def test_a_request_that_waits_for_room_starts_as_soon_as_there_is_some() -> None:
+    # 528 tokens of pool. The second request needs 17 + 200 + 16. The first holds its pages, and of the k
+    # tokens it may still produce (0.7 - 0.001 * steps) * k are reserved: there is room after some 15 steps.
+    harness = Harness(config(num_pages=33), overlap=False)
+    long = harness.add(ids(16), 400, ignore_eos=False)
+    long.eos_ids = frozenset()
+    waiting = harness.add(ids(17, 1), 200)
+    while not waiting.output_ids:
+        assert harness.step()
+        harness.scheduler.check_invariants()
+    assert 10 < len(long.output_ids) < 30
+    harness.run()
+
+
+def test_a_row_is_given_to_the_next_request_as_soon_as_it_is_free() -> None:
+    harness = Harness(config(max_running_requests=2), overlap=False)
+    short, long, waiting = (harness.add(ids(9, new), new) for new in (3, 60, 5))
+    while not waiting.output_ids:
+        harness.step()
+    assert short.finish_reason is not None and len(long.output_ids) < 6
+    harness.run()
+
+
+def test_kv_of_a_broken_forward_pass_is_not_cached() -> None:
+    scheduler = Scheduler(config())
+    request = make_request(ids(20), max_new_tokens=9)
+    scheduler.add(request)
+    for token in (5, 6, -1):
+        plan = scheduler.schedule()
+        assert isinstance(plan, Plan)
+        scheduler.collect(plan, [token])
+    assert request.finish_reason == {"type": "stop", "matched": "NaN happened"}
+    follower = make_request([*ids(20), 5, 6, 7])
+    scheduler.add(follower)
+    scheduler.schedule()
+    assert follower.cached_tokens == 20
+
+
+def test_new_token_ratio() -> None:
+    ratio = NewTokenRatio(1.0)
+    assert ratio.value == 0.7 and NewTokenRatio(3.0).value == 1.0 and NewTokenRatio(0.0).value == 0.0
+    for _ in range(300):
+        ratio.decay()
+    assert ratio.value == pytest.approx(0.7 * (1 + 0.14) / 2)
+    for _ in range(400):
+        ratio.decay()
+    assert ratio.value == pytest.approx(0.7 * 0.14)
+    request = make_request([1], max_new_tokens=99)
+    request.output_ids = [2] * 30
+    ratio.after_retraction([request])
+    assert ratio.value == pytest.approx(0.5)
 
 
 @pytest.mark.parametrize("pool", [1.0, 1.5, 2.0])
