@@ -18,6 +18,7 @@ from jaxgen.calls import Call
 from jaxgen.checkpoint.errors import CheckpointError
 from jaxgen.checkpoint.resolve import open_checkpoint
 from jaxgen.engine_config import (
+    claim_device_memory,
     model_config_of,
     pick_mesh,
     resolve_args,
@@ -100,6 +101,7 @@ class Engine:
         set_log_level(args.log_level)
         with report.phase("start backend"):
             enable_persistent_cache(args.compilation_cache_dir)
+            claim_device_memory(args.mem_fraction_static)
             mesh = pick_mesh(args)
             args = resolve_args(args, mesh)
         with report.phase("open checkpoint"):

@@ -46,6 +46,15 @@ def environment_flag(name: str) -> bool:
     return (environment(name) or "").lower() in ("1", "true", "yes")
 
 
+def claim_device_memory(fraction: float | None) -> None:
+    """Lets JAX take most of a GPU, as mem_fraction_static counts on; its own default is 75 %.
+
+    Without effect once a backend runs, or where the user has said something about JAX's memory.
+    """
+    if not any(name.startswith("XLA_PYTHON_CLIENT_") for name in os.environ):
+        os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"] = f"{max(0.9, min(fraction or 0.0, 0.97)):.2f}"
+
+
 def pick_devices(args: ServerArgs) -> list[jax.Device]:
     """The devices of the mesh: tp_size of them from base_gpu_id in steps of gpu_id_step.
 

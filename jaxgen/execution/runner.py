@@ -182,9 +182,7 @@ class Runner:
                 "Memory per device: %.2f GiB usable, weights %.2f, largest step %.2f, lane state %.2f, KV %.2f",
                 *(x / 2**30 for x in (limit, self.weight_bytes, temp, state, max(0, budget))),
             )
-        # A pool larger than every row at full context can never be used.
-        most = config.rows * -(-config.context_length // config.page_size)
-        pages = min(kv_cache.round_pages(pages), most)
+        pages = kv_cache.round_pages(pages)
         if config.max_total_tokens is not None:
             wanted = config.max_total_tokens // config.page_size
             if wanted > pages:
@@ -284,7 +282,15 @@ class Runner:
         return self._state_shapes.edit_width, self._state_shapes.logprob_width
 
     def _build_step(self, key) -> Callable:
-        """Lowers and compiles the step of `key` for the current shapes."""
+        """Lowers and compiles the step of `key` for the current shapes.
+
+        float32 parameters mean float32 arithmetic: on a GPU the default would be tf32.
+        """
+        precise = jnp.dtype(self.config.param_dtype) == jnp.float32
+        with jax.default_matmul_precision("highest" if precise else "default"):
+            return self._lower(key).compile()
+
+    def _lower(self, key) -> jax.stages.Lowered:
         kv, put = self.kv_shape.abstract(self._kv_sharding), self._replicated
 
         def packed(size, dtype=jnp.int32):
@@ -293,7 +299,7 @@ class Runner:
         kv_out = (self._kv_sharding,) * len(kv)
         if key[0] == "copy":
             jitted = jax.jit(copy_step, donate_argnums=(0,), out_shardings=kv_out)
-            return jitted.lower(kv, packed((2, key[1]))).compile()
+            return jitted.lower(kv, packed((2, key[1])))
         if key[0] == "decode":
             _, bucket, variant, *_ = key
             function = decode_step(self._spec, bucket, variant)
@@ -305,7 +311,7 @@ class Runner:
             uploads = [packed(ints.size), packed(floats.size, jnp.float32)]
         state_out = jax.tree.map(lambda _: put, self._state_shapes)
         jitted = jax.jit(function, donate_argnums=(1, 2), out_shardings=(put, kv_out, state_out))
-        return jitted.lower(self._abstract_weights, kv, self._state_shapes, *uploads).compile()
+        return jitted.lower(self._abstract_weights, kv, self._state_shapes, *uploads)
 
     @property
     def compile_count(self) -> int:
