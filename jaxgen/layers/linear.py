@@ -3,8 +3,9 @@
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 
-from jaxgen.layers.param import LogicalAxes, param
+from jaxgen.layers.param import TENSOR_AXIS, LogicalAxes, param
 
 
 class Linear(nnx.Module):
@@ -22,18 +23,29 @@ class Linear(nnx.Module):
         dtype: jnp.dtype,
         *,
         bias: bool = False,
+        mesh: Mesh | None = None,
     ):
-        """`axes` names the axes of the weight `[*out_shape, in_size]`; the bias has all but the last."""
+        """`axes` names the axes of the weight `[*out_shape, in_size]`; the bias has all but the last.
+
+        `mesh` is needed only where its tensor axis is wider than one.
+        """
         self.weight = param((*out_shape, in_size), dtype, axes)
         self.bias = param(out_shape, dtype, axes[:-1]) if bias else None
+        # A mesh axis may cut an output axis behind the first; such a weight must keep its axes apart.
+        self.is_cut = mesh is not None and mesh.shape[TENSOR_AXIS] > 1 and any(axes[1:-1])
 
     def __call__(self, x: jax.Array, *, out_dtype: jnp.dtype | None = None) -> jax.Array:
         """`x` is `[..., in_size]`; the result is `[..., *out_shape]` in `out_dtype`, else that of `x`."""
         weight = self.weight[...]
+        out_shape = weight.shape[:-1]
+        if not self.is_cut:
+            # As one matrix: with several output axes XLA transposes the weight in every step on a CPU.
+            weight = weight.reshape(-1, weight.shape[-1])
         contracted = ((x.ndim - 1,), (weight.ndim - 1,))
         y = jax.lax.dot_general(
             x, weight, (contracted, ((), ())), preferred_element_type=out_dtype or x.dtype
         )
+        y = y.reshape(*x.shape[:-1], *out_shape)
         if self.bias is not None:
             y = y + self.bias[...].astype(y.dtype)
         return y

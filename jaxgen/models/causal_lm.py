@@ -35,7 +35,9 @@ class DecoderLayer(nnx.Module):
             mesh=mesh,
         )
         self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
-        self.mlp = GatedMLP(config.hidden_size, config.intermediate_size, dtype, bias=config.mlp_bias)
+        self.mlp = GatedMLP(
+            config.hidden_size, config.intermediate_size, dtype, bias=config.mlp_bias, mesh=mesh
+        )
 
     def __call__(
         self,
