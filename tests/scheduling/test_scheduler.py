@@ -241,6 +241,7 @@ def test_retraction_takes_the_fewest_tokens_then_the_longest_prompt() -> None:
         order += [r.rid for r in (first, longer, shorter) if r.num_retractions and r.rid not in order]
     harness.check_idle()
     assert order[0] == longer.rid and first.num_retractions == 0
+    assert harness.scheduler.stats().new_token_ratio > 0, "a retraction makes admission more careful"
     assert harness.scheduler.stats().num_retractions == longer.num_retractions + shorter.num_retractions
 
 
