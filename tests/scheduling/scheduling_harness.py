@@ -199,6 +199,7 @@ class Harness:
             self.scheduler.check_invariants(full_check)
         else:
             raise AssertionError(f"no end after {max_steps} steps: {self.scheduler.stats()}")
+        assert not self.scheduler.has_unfinished, f"the scheduler is stuck: {self.scheduler.stats()}"
         self.check_idle()
 
     def check_idle(self) -> None:
@@ -206,9 +207,8 @@ class Harness:
         stats = self.scheduler.stats()
         assert stats.running == 0 and stats.owned_pages == 0
         assert stats.free_pages + stats.cached_pages == stats.total_pages
-        if stats.waiting == 0:
-            for request in self.requests.values():
-                check_output(request)
+        for request in self.requests.values():
+            check_output(request)
 
 
 def check_output(request: Request) -> None:

@@ -166,7 +166,7 @@ def make_request(prompt: list[int], **fields: Any) -> Request:
         "eos_ids": frozenset({EOS}),
         "eos_id": EOS,
     }
-    return Request(rid="x", prompt_ids=prompt, **(defaults | {"max_new_tokens": 5} | fields))
+    return Request(prompt_ids=prompt, **(defaults | {"rid": "x", "max_new_tokens": 5} | fields))
 
 
 class Stops:
@@ -241,6 +241,7 @@ def test_retraction_takes_the_fewest_tokens_then_the_longest_prompt() -> None:
         order += [r.rid for r in (first, longer, shorter) if r.num_retractions and r.rid not in order]
     harness.check_idle()
     assert order[0] == longer.rid and first.num_retractions == 0
+    assert harness.scheduler.stats().new_token_ratio > 0, "a retraction makes admission more careful"
     assert harness.scheduler.stats().num_retractions == longer.num_retractions + shorter.num_retractions
 
 
@@ -295,6 +296,23 @@ def test_recomputing_a_cached_prompt_needs_no_more_pages_than_computing_it(chunk
     serve(harness, ids(30), max_new_tokens=25)
     again = serve(harness, ids(30), max_new_tokens=25, return_logprob=True, logprob_start=0)
     assert (again.finish_reason, again.num_retractions) == ({"type": "length", "length": 25}, 0)
+
+
+def test_a_lone_request_starts_anew_rather_than_end_for_pages_that_only_its_lock_holds() -> None:
+    # 288 pages. Both requests compute the same 4 pages at once; those of the first stay locked by the second,
+    # whose own 4,564 tokens need 286.
+    scheduler = Scheduler(config(num_pages=288, context_length=5000))
+    prompt = ids(64)
+    scheduler.add(make_request(prompt, rid="short", max_new_tokens=2))
+    long = make_request(prompt, max_new_tokens=4500, return_logprob=True, logprob_start=0)
+    scheduler.add(long)
+    for _ in range(5000):
+        plan = scheduler.schedule()
+        if not isinstance(plan, Plan):
+            break
+        scheduler.collect(plan, [5] * (len(plan.lanes) + sum(chunk.last for chunk in plan.chunks)))
+    assert long.finish_reason == {"type": "length", "length": 4500}
+    assert long.num_retractions == 1 and scheduler.drain_ended() == []
 
 
 def test_a_request_that_waits_for_room_starts_as_soon_as_there_is_some() -> None:
