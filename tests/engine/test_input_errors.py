@@ -225,8 +225,8 @@ json_like = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=2),
     max_leaves=5,
 )
-ARGUMENTS = ["prompt", "input_ids", "return_logprob", "logprob_start_len", "top_logprobs_num",
-             "token_ids_logprob", "return_hidden_states", "rid", "priority", "cache_salt", "extra_key", "lora_path"]  # fmt: skip
+ARGUMENTS = ["prompt", "input_ids", "return_logprob", "logprob_start_len", "top_logprobs_num", "token_ids_logprob",
+             "return_hidden_states", "rid", "priority", "cache_salt", "extra_key", "lora_path"]  # fmt: skip
 PARAMETERS = ["min_new_tokens", "temperature", "top_p", "top_k", "min_p", "stop", "stop_token_ids",
               "stop_regex", "logit_bias", "sampling_seed", "repetition_penalty"]  # fmt: skip
 
