@@ -76,9 +76,10 @@ class Call:
             if remaining:
                 self._submit()
             while remaining:
-                chunk, last = self._chunk(self._events.get())
-                remaining -= last
-                yield chunk
+                if taken := self._take(self._events.get()):
+                    chunk, last = taken
+                    remaining -= last
+                    yield chunk
         finally:
             if remaining:
                 self.abort()
@@ -103,9 +104,10 @@ class Call:
             if remaining:
                 self._submit()
             while remaining:
-                chunk, last = self._chunk(await events.get())
-                remaining -= last
-                yield chunk
+                if taken := self._take(await events.get()):
+                    chunk, last = taken
+                    remaining -= last
+                    yield chunk
         finally:
             if remaining:
                 self.abort()
@@ -136,12 +138,12 @@ class Call:
         if event is not None:
             raise_if_failed(event.finish_reason)
 
-    def _chunk(self, event: Response | BaseException | None) -> tuple[dict[str, Any], bool]:
+    def _take(self, event: Response | BaseException | None) -> tuple[dict[str, Any], bool] | None:
         if not isinstance(event, Response):
             self._raise(event)
             raise RuntimeError("a streaming call was woken without a response")
         return event.take()
 
     def _result(self) -> dict[str, Any] | list[dict[str, Any]]:
-        outputs = [response.take()[0] for response in self.responses]
+        outputs = [taken[0] for response in self.responses if (taken := response.take())]
         return outputs[0] if self._single else outputs

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import gc
 import logging
 import os
@@ -243,8 +244,9 @@ class Engine:
             self._active.pop(rid, None)
 
     def _abort_responses(self, responses: Sequence[Response]) -> None:
-        if self._loop is not None and self._loop.alive:
-            self._loop.abort(response.spec.rid for response in responses)
+        if self._loop is not None:
+            with contextlib.suppress(EngineDeadError):  # then they have ended already
+                self._loop.abort(response.spec.rid for response in responses)
 
     # ---- control
 

@@ -82,6 +82,7 @@ class Response:
         self._hidden: list[np.ndarray] = []
         # (tokens, text, finish reason, hidden entries): replaced whole, so a reader never sees halves.
         self._state: tuple[int, str | None, dict[str, Any] | None, int] = (0, None, None, 0)
+        self._taken = self._state
         self._text: TextStream | None = None
         self._decoded = 0
         self._emitted = Emitted()
@@ -145,10 +146,17 @@ class Response:
     def finish_reason(self) -> dict[str, Any] | None:
         return self._state[2]
 
-    def take(self) -> tuple[dict[str, Any], bool]:
-        """(output dict as of now, whether it is the last one)."""
+    def take(self) -> tuple[dict[str, Any], bool] | None:
+        """(output dict as of now, whether it is the last one); None if it has been taken already.
+
+        That happens when the engine thread rings between the two lines that follow.
+        """
         self.queued = False
-        tokens, text, reason, hidden = self._state
+        state = self._state
+        if state is self._taken:
+            return None
+        self._taken = state
+        tokens, text, reason, hidden = state
         if text is None:
             text = self._decode(tokens, reason)
         snapshot = self._snapshot(tokens, text, reason, hidden)
@@ -175,7 +183,8 @@ class Response:
         started = tokens > 0 or reason is not None
         # A prefill-only request has the distribution of the next token but no token.
         entries = max(tokens, 1) if spec.max_new_tokens == 0 else tokens
-        inputs = len(data.input_ids) if started else 0
+        # A request that was ended before all of its prompt was computed has fewer values than ids.
+        inputs = min(len(data.input_ids), len(data.input_values)) if started else 0
         return RequestSnapshot(
             rid=spec.rid,
             output_ids=request.output_ids[:tokens],
