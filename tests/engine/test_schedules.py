@@ -4,18 +4,8 @@ import os
 from unittest import mock
 
 import pytest
-
-from tests.engine.helpers_conf2 import (
-    assert_complete,
-    assert_idle,
-    assert_same,
-    golden_cases,
-    greedy,
-    one_of,
-    prompt,
-    tiny_engine,
-    workload,
-)
+from tiny_engine import GOLDEN, golden_cases, greedy, prompt_of
+from workload import assert_complete, assert_idle, assert_same, one_of, strict_engine, workload
 
 HIDDEN = {"enable_return_hidden_states": True}
 
@@ -37,7 +27,7 @@ SCHEDULES = {
 def reference():
     """Each request alone on a fresh cache."""
     call = workload()
-    with tiny_engine(**HIDDEN) as engine:
+    with strict_engine(**HIDDEN) as engine:
         results = []
         for i in range(len(call["input_ids"])):
             results.append(engine.generate(**one_of(call, i)))
@@ -55,7 +45,7 @@ def check_against(reference, engine):
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_results_do_not_depend_on_the_schedule(reference, schedule):
-    with tiny_engine(**HIDDEN, **SCHEDULES[schedule]) as engine:
+    with strict_engine(**HIDDEN, **SCHEDULES[schedule]) as engine:
         check_against(reference, engine)
         assert_idle(engine)
         check_against(reference, engine)  # now from the prefix cache
@@ -65,7 +55,7 @@ def test_results_do_not_depend_on_the_schedule(reference, schedule):
 @pytest.mark.parametrize("options", [{}, {"enable_mixed_chunk": True}, {"disable_overlap_schedule": True}])
 def test_forced_retraction_changes_nothing(reference, options):
     with mock.patch.dict(os.environ, JAXGEN_TEST_RETRACT="1"):
-        engine = tiny_engine(**HIDDEN, **options)
+        engine = strict_engine(**HIDDEN, **options)
     with engine:
         results = engine.generate(**workload())
         assert sum(result["meta_info"]["num_retractions"] for result in results) >= 5
@@ -78,13 +68,13 @@ def test_forced_retraction_changes_nothing(reference, options):
 
 
 def test_forced_retraction_never_repeats_streamed_text():
-    call = {"input_ids": [prompt(20, i) for i in range(6)], "sampling_params": greedy(20)}
+    call = {"input_ids": [prompt_of(20, i) for i in range(6)], "sampling_params": greedy(20)}
     with mock.patch.dict(os.environ, JAXGEN_TEST_RETRACT="2"):
-        engine = tiny_engine()
+        engine = strict_engine()
     with engine:
         whole = engine.generate(**call)
         engine.flush_cache()
-        seen = {i: (0, "") for i in range(6)}
+        seen = dict.fromkeys(range(6), (0, ""))
         last = {}
         for chunk in engine.generate(**call, stream=True):
             i, tokens = chunk["index"], chunk["meta_info"]["completion_tokens"]
@@ -100,10 +90,10 @@ def test_real_retraction_when_the_pool_runs_dry():
     """Optimistic admission over a pool that cannot hold what it admits."""
     # End-of-sequence cannot be drawn, yet admission counts on it.
     params = {"temperature": 0.0, "max_new_tokens": 90, "logit_bias": {1: -1000.0}}
-    call = {"input_ids": [prompt(10, i) for i in range(8)], "sampling_params": params}
-    with tiny_engine() as roomy:
+    call = {"input_ids": [prompt_of(10, i) for i in range(8)], "sampling_params": params}
+    with strict_engine() as roomy:
         expected = [result["output_ids"] for result in roomy.generate(**call)]
-    with tiny_engine(max_total_tokens=320, schedule_conservativeness=0.0) as engine:
+    with strict_engine(max_total_tokens=320, schedule_conservativeness=0.0) as engine:
         results = engine.generate(**call)
         assert sum(result["meta_info"]["num_retractions"] for result in results) > 0
         assert [result["output_ids"] for result in results] == expected
@@ -111,10 +101,10 @@ def test_real_retraction_when_the_pool_runs_dry():
 
 
 def test_a_pool_of_little_more_than_one_request_serves_sixteen():
-    call = {"input_ids": [prompt(20, i) for i in range(16)], "sampling_params": greedy(8)}
-    with tiny_engine() as roomy:
+    call = {"input_ids": [prompt_of(20, i) for i in range(16)], "sampling_params": greedy(8)}
+    with strict_engine() as roomy:
         expected = [result["output_ids"] for result in roomy.generate(**call)]
-    with tiny_engine(max_total_tokens=64) as engine:
+    with strict_engine(max_total_tokens=64) as engine:
         assert [result["output_ids"] for result in engine.generate(**call)] == expected
         assert_idle(engine)
 
@@ -122,7 +112,7 @@ def test_a_pool_of_little_more_than_one_request_serves_sixteen():
 @pytest.mark.parametrize("family", ["llama2", "llama3"])
 def test_greedy_batch_is_what_hugging_face_computes(family):
     cases = golden_cases(family)
-    with tiny_engine(family) as engine:
+    with strict_engine(model_path=str(GOLDEN / family)) as engine:
         for _ in range(2):  # cold, then with every prompt cached
             results = engine.generate(
                 input_ids=[case["prompt_ids"] for case in cases],
@@ -133,6 +123,6 @@ def test_greedy_batch_is_what_hugging_face_computes(family):
 
 def test_one_row_reaches_the_context_length():
     """With one row the pool must still not be the limit of a request that fits the context."""
-    with tiny_engine(max_running_requests=1, cuda_graph_bs_decode=[1], max_total_tokens=None) as engine:
+    with strict_engine(max_running_requests=1, cuda_graph_bs_decode=[1], max_total_tokens=None) as engine:
         result = engine.generate(input_ids=[5] * 10, sampling_params={**greedy(1), "max_new_tokens": None})
         assert result["meta_info"]["finish_reason"] == {"type": "length", "length": 255 - 10 - 1}

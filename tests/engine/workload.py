@@ -1,42 +1,14 @@
 """A tiny engine, a mixed workload, and what has to be true of its results whatever the schedule."""
 
-import json
-from pathlib import Path
-
 import numpy as np
+from tiny_engine import greedy, prompt_of, start
 
 from jaxgen import Engine
 
-GOLDEN = Path(__file__).parents[1] / "golden"
-VOCAB = 384
 
-DEFAULTS = {
-    "tokenizer_path": str(GOLDEN / "tokenizer"),
-    "max_running_requests": 8,
-    "chunked_prefill_size": 64,
-    "max_total_tokens": 2048,
-    "cuda_graph_bs_decode": [8],  # one decode and one prefill step: start-up is mostly compiling
-    "cuda_graph_bs_prefill": [64],
-    "random_seed": 0,
-    "strict_compile": True,
-}
-
-
-def tiny_engine(family: str = "llama3", **options) -> Engine:
-    """An engine over a golden fixture; `strict_compile`, so that a request that compiles anything fails."""
-    return Engine(model_path=str(GOLDEN / family), **{**DEFAULTS, **options})
-
-
-def golden_cases(family: str) -> list[dict]:
-    return json.loads((GOLDEN / family / "expected.json").read_text())["cases"]
-
-
-def greedy(max_new_tokens: int, **params) -> dict:
-    return {"temperature": 0.0, "max_new_tokens": max_new_tokens, "ignore_eos": True, **params}
-
-
-def prompt(length: int, seed: int) -> list[int]:
-    return np.random.default_rng(seed).integers(3, VOCAB, length).tolist()
+def strict_engine(**options) -> Engine:
+    """An engine over a golden fixture on which a request that makes it compile anything fails."""
+    return start(**{"strict_compile": True, "random_seed": 0, **options})
 
 
 def internal_state(engine: Engine) -> dict:
@@ -53,24 +25,24 @@ def assert_idle(engine: Engine) -> None:
 
 def workload() -> dict:
     """Keyword arguments of one `generate` call whose requests differ in everything that could interfere."""
-    shared = prompt(70, 99)
-    ids = [prompt(n, n) for n in (1, 5, 16, 33, 64, 100)] + [shared + prompt(n, n) for n in (3, 20, 40)]
-    base = {"max_new_tokens": 24, "ignore_eos": True}
+    shared = prompt_of(70, 99)
+    ids = [prompt_of(n, n) for n in (1, 5, 16, 33, 64, 100)] + [shared + prompt_of(n, n) for n in (3, 20, 40)]
+    drawn = {"max_new_tokens": 24, "ignore_eos": True}
     params = [
-        {**base, "temperature": 0.0},
-        {**base, "temperature": 0.0, "repetition_penalty": 1.5, "frequency_penalty": 0.4},
-        {**base, "temperature": 0.8, "top_k": 40, "sampling_seed": 1},
-        {**base, "temperature": 0.0, "logit_bias": {7: 6.0, 11: 5.5}},
-        {**base, "temperature": 1.2, "top_p": 0.9, "min_p": 0.02, "sampling_seed": 2},
+        greedy(24),
+        greedy(24, repetition_penalty=1.5, frequency_penalty=0.4),
+        {**drawn, "temperature": 0.8, "top_k": 40, "sampling_seed": 1},
+        greedy(24, logit_bias={7: 6.0, 11: 5.5}),
+        {**drawn, "temperature": 1.2, "top_p": 0.9, "min_p": 0.02, "sampling_seed": 2},
         {
             "max_new_tokens": 24,
             "temperature": 0.0,
             "min_new_tokens": 12,
             "stop_token_ids": list(range(3, 200)),
         },
-        {**base, "temperature": 0.0, "presence_penalty": 1.0},
-        {**base, "temperature": 1.0, "sampling_seed": 3, "presence_penalty": 0.5, "repetition_penalty": 1.2},
-        {**base, "temperature": 0.0},
+        greedy(24, presence_penalty=1.0),
+        {**drawn, "temperature": 1.0, "sampling_seed": 3, "presence_penalty": 0.5, "repetition_penalty": 1.2},
+        greedy(24),
     ]
     logprob = [i % 2 == 0 for i in range(9)]
     return {
