@@ -123,7 +123,7 @@ class Runner:
         with report.phase("compile steps"):
             self._warm_up(report)
         self._steps.seal()
-        self._decode_cache: tuple[Plan, Variant, int, jax.Array] | None = None
+        self._decode_cache: tuple[Variant, int, jax.Array] | None = None
 
     # ---- start-up
 
@@ -365,10 +365,10 @@ class Runner:
                 variant = self._variant(request.row for request in plan.lanes)
                 bucket = self._decode_bucket(len(plan.lanes))
             else:
-                _, variant, bucket, _ = cached
+                variant, bucket, _ = cached
             packed = self._put(pack_decode(plan, bucket, self.config.rows))
-            cached = self._decode_cache = (plan, variant, bucket, packed)
-        _, variant, bucket, packed = cached
+            cached = self._decode_cache = (variant, bucket, packed)
+        variant, bucket, packed = cached
         step = self._steps.get(self._decode_key(bucket, variant))
         output, self.kv, self.state = step(self.weights, self.kv, self.state, packed)
         return Launched(
