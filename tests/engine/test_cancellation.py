@@ -108,6 +108,23 @@ def test_abort_of_samples_that_wait_for_their_shared_prompt(engine):
     wait_until_idle(engine)
 
 
+def test_abort_in_the_queue_of_a_request_for_prompt_logprobs(engine):
+    call = {
+        "input_ids": [prompt_of(200, i) for i in range(12)],
+        "sampling_params": LONG | {"max_new_tokens": 50},
+    }
+    thread, box = in_thread(
+        lambda: engine.generate(**call, rid="scored", return_logprob=True, logprob_start_len=0)
+    )
+    wait_until_running(engine)
+    engine.abort_request("scored")
+    thread.join(20)
+    for result in box[0]:
+        assert len(result["meta_info"]["input_token_logprobs"]) <= 200
+        assert len(result["meta_info"]["output_token_logprobs"]) == len(result["output_ids"])
+    wait_until_idle(engine)
+
+
 def test_streaming_abort_ends_with_a_final_chunk(engine):
     seen = []
     for chunk in engine.generate(input_ids=[5] * 10, sampling_params=LONG, rid="s", stream=True):
@@ -176,6 +193,7 @@ def test_storm_of_cancellations_leaves_nothing_behind(engine):
             "input_ids": prompt_of(random_.randrange(1, 150), i % 40),
             "sampling_params": params,
             "return_logprob": i % 5 == 0,
+            "logprob_start_len": 0 if i % 2 else -1,
             "return_hidden_states": i % 11 == 0,
             "rid": None if i % 7 == 0 else f"storm-{i}",
         }
