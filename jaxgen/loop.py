@@ -85,7 +85,8 @@ class EngineLoop:
         self._pending: Launched | None = None
         self._live: dict[str, Request] = {}
         self._held: dict[str, list[Request]] = {}  # requests that wait for the end of another
-        self._lock = threading.Lock()
+        # Re-entrant: collecting a dropped iterator aborts its requests, from whatever line is running.
+        self._lock = threading.RLock()
         self.error: BaseException | None = None
         self.throughput = Throughput()
         self._thread = threading.Thread(target=self._run, name="jaxgen-engine", daemon=True)
@@ -276,6 +277,8 @@ class EngineLoop:
             if request.sink is not None:
                 request.sink.fail(cause)
         self._live.clear()
+        self._held.clear()
+        self._pending = None  # its results are device memory
 
 
 def record_extras(launched: Launched, result: StepResult) -> None:

@@ -116,29 +116,37 @@ class Response:
 
     def add_input_logprobs(self, request: Request, start: int, logprobs: Logprobs) -> None:
         """Entries for the tokens after positions start, start + 1, ...; a resumed request repeats earlier ones."""
-        data, wanted = self._logprobs, self.spec.top_logprobs_num
-        ids = self.spec.token_ids_logprob or ()
-        for i, value in enumerate(logprobs.chosen.tolist()):
-            target = start + i + 1
-            due = request.logprob_start + len(data.input_values)
-            if target != due or target >= len(request.prompt_ids):
-                continue
-            data.input_values.append(value)
-            data.input_top.append((logprobs.top_values[i, :wanted], logprobs.top_ids[i, :wanted]))
-            data.input_selected.append(logprobs.id_values[i, : len(ids)])
+        data = self._logprobs
+        first = request.logprob_start + len(data.input_values) - (start + 1)
+        stop = min(len(logprobs.chosen), len(request.prompt_ids) - (start + 1))
+        if 0 <= first < stop:
+            values, top_values, top_ids, selected = self._own(logprobs, slice(first, stop))
+            data.input_values += values.tolist()
+            data.input_top += zip(top_values, top_ids)
+            data.input_selected += list(selected)
 
     def add_output_logprobs(self, logprobs: Logprobs, row: int) -> None:
-        data, wanted = self._logprobs, self.spec.top_logprobs_num
-        ids = self.spec.token_ids_logprob or ()
-        data.output_values.append(float(logprobs.chosen[row]))
-        data.output_top.append((logprobs.top_values[row, :wanted], logprobs.top_ids[row, :wanted]))
-        data.output_selected.append(logprobs.id_values[row, : len(ids)])
+        data = self._logprobs
+        values, top_values, top_ids, selected = self._own(logprobs, slice(row, row + 1))
+        data.output_values += values.tolist()
+        data.output_top += zip(top_values, top_ids)
+        data.output_selected += list(selected)
+
+    def _own(self, logprobs: Logprobs, rows: slice) -> tuple[np.ndarray, ...]:
+        """Copies of what was asked for in `rows`: a view would keep the whole batch's results alive."""
+        top, ids = self.spec.top_logprobs_num, len(self.spec.token_ids_logprob or ())
+        return (
+            logprobs.chosen[rows],
+            logprobs.top_values[rows, :top].copy(),
+            logprobs.top_ids[rows, :top].copy(),
+            logprobs.id_values[rows, :ids].copy(),
+        )
 
     def add_hidden(self, vectors: np.ndarray) -> None:
-        self._hidden.append(vectors)
+        self._hidden.append(vectors.copy())
 
     def add_next_hidden(self, vector: np.ndarray) -> None:
-        self._hidden.append(vector)
+        self._hidden.append(vector.copy())
 
     # ---- caller's side
 

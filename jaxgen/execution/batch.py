@@ -70,8 +70,8 @@ class RowMirror:
     """Host copy of the per-row constants in LaneState: what a prefill step uploads for its rows."""
 
     def __init__(self, rows: int, max_pages: int, edit_width: int, logprob_width: int):
-        # (request, its retractions): a row is rewritten when either changes.
-        self.owner: list[tuple[Request, int] | None] = [None] * rows
+        # (sequence of the request, its retractions): a row is rewritten when either changes.
+        self.owner: list[tuple[int, int] | None] = [None] * rows
         self.needs: list[RequestNeeds | None] = [None] * rows
         self.table = np.zeros((rows, max_pages), np.int32)
         self.floats = np.zeros((rows, 6), np.float32)
@@ -95,7 +95,7 @@ class RowMirror:
 
     def claim(self, request: Request) -> bool:
         """Brings the row of a request to be prefilled up to date; True when the request is new to it."""
-        row, key = request.row, (request, request.num_retractions)
+        row, key = request.row, (request.sequence, request.num_retractions)
         fresh = self.owner[row] != key
         if fresh:
             self.owner[row], self.needs[row] = key, self._write_constants(row, request)
@@ -106,10 +106,6 @@ class RowMirror:
         """Applies (row, column, page) updates of decode lanes to the page tables."""
         for row, column, page in updates:
             self.table[row, column] = page
-
-    def release(self, row: int) -> None:
-        """Forgets the row's owner, so that a finished request is not kept alive."""
-        self.owner[row] = self.needs[row] = None
 
     def _write_constants(self, row: int, request: Request) -> RequestNeeds:
         needs, params = needs_of(request), request.params

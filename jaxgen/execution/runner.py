@@ -123,7 +123,7 @@ class Runner:
         with report.phase("compile steps"):
             self._warm_up(report)
         self._steps.seal()
-        self._decode_cache: tuple[Plan, Variant, int, jax.Array] | None = None
+        self._decode_cache: tuple[Variant, int, jax.Array] | None = None
 
     # ---- start-up
 
@@ -185,6 +185,11 @@ class Runner:
         pages = kv_cache.round_pages(pages)
         if config.max_total_tokens is not None:
             wanted = config.max_total_tokens // config.page_size
+            if wanted < 2:
+                raise ValueError(
+                    f"max_total_tokens={config.max_total_tokens} is too small for one request: it must be at "
+                    f"least two pages of {config.page_size} tokens"
+                )
             if wanted > pages:
                 logger.warning(
                     "max_total_tokens=%d does not fit in memory; lowered to %d",
@@ -221,7 +226,7 @@ class Runner:
         On a CPU one full step does it all: what no row wants is skipped at run time at no cost. On a GPU a
         run-time branch would break the command buffer, so the common cases get programs of their own.
         """
-        full = Variant(sample=True, full=True, top_logprobs=TOP_LOGPROBS)
+        full = Variant(True, True, min(TOP_LOGPROBS, self.model_config.vocab_size))
         return (full,) if self.device.platform == "cpu" else (GREEDY, SAMPLE, full)
 
     def _warm_up(self, report: StartupReport) -> None:
@@ -360,10 +365,10 @@ class Runner:
                 variant = self._variant(request.row for request in plan.lanes)
                 bucket = self._decode_bucket(len(plan.lanes))
             else:
-                _, variant, bucket, _ = cached
+                variant, bucket, _ = cached
             packed = self._put(pack_decode(plan, bucket, self.config.rows))
-            cached = self._decode_cache = (plan, variant, bucket, packed)
-        _, variant, bucket, packed = cached
+            cached = self._decode_cache = (variant, bucket, packed)
+        variant, bucket, packed = cached
         step = self._steps.get(self._decode_key(bucket, variant))
         output, self.kv, self.state = step(self.weights, self.kv, self.state, packed)
         return Launched(

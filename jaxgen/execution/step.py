@@ -220,7 +220,8 @@ def _input_logprobs(spec: StepSpec, model, hidden, f, owner, top: int) -> Logpro
     """Log-probabilities of each packed token's successor, computed block by block and only if wanted."""
     tokens, width = hidden.shape[0], f["logprob_ids"].shape[1]
     block = min(LOGPROB_BLOCK, tokens)
-    blocks = tokens // block
+    blocks = -(-tokens // block)
+    padding = blocks * block - tokens
 
     def one(part):
         x, target, ids = part
@@ -228,8 +229,10 @@ def _input_logprobs(spec: StepSpec, model, hidden, f, owner, top: int) -> Logpro
 
     def compute(_):
         parts = (hidden, f["target"], f["logprob_ids"][owner])
-        split = jax.tree.map(lambda a: a.reshape(blocks, block, *a.shape[1:]), parts)
-        return jax.tree.map(lambda a: a.reshape(tokens, *a.shape[2:]), jax.lax.map(one, split))
+        padded = jax.tree.map(lambda a: jnp.pad(a, ((0, padding), *((0, 0),) * (a.ndim - 1))), parts)
+        split = jax.tree.map(lambda a: a.reshape(blocks, block, *a.shape[1:]), padded)
+        joined = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), jax.lax.map(one, split))
+        return jax.tree.map(lambda a: a[:tokens], joined)
 
     wanted = ((f["flags"] & layout.INPUT_LOGPROBS) != 0).any()
     return jax.lax.cond(wanted, compute, lambda _: sampler.no_log_probabilities(tokens, width, top), None)

@@ -52,6 +52,7 @@ class Lanes:
         self.requests = list(self._members.values())
         self.rows = np.array([request.row for request in self.requests], np.int64)
         self._rows32 = self.rows.astype(np.int32)
+        self._planned = None  # not the old list: it would keep requests that have left alive
         self._stale = False
 
     def advance(self, plan: Plan) -> None:

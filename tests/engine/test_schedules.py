@@ -1,0 +1,128 @@
+"""The same requests give the same results under every schedule the engine can be forced into."""
+
+import os
+from unittest import mock
+
+import pytest
+from tiny_engine import GOLDEN, golden_cases, greedy, prompt_of
+from workload import assert_complete, assert_idle, assert_same, one_of, strict_engine, workload
+
+HIDDEN = {"enable_return_hidden_states": True}
+
+SCHEDULES = {
+    "batched": {},
+    "overlap off": {"disable_overlap_schedule": True},
+    "mixed chunk": {"enable_mixed_chunk": True},
+    "small chunks": {"chunked_prefill_size": 16, "cuda_graph_bs_prefill": [16]},
+    "chunking off": {"chunked_prefill_size": -1, "max_prefill_tokens": 144, "cuda_graph_bs_prefill": None},
+    "no prefix cache": {"disable_radix_cache": True},
+    "pool for two": {"max_total_tokens": 320},
+    "one row": {"max_running_requests": 1, "cuda_graph_bs_decode": [1]},
+    "decode buckets": {"cuda_graph_bs_decode": [1, 2, 3, 8]},
+    "eager admission": {"max_total_tokens": 400, "schedule_conservativeness": 0.0},
+}
+
+
+@pytest.fixture(scope="module")
+def reference():
+    """Each request alone on a fresh cache."""
+    call = workload()
+    with strict_engine(**HIDDEN) as engine:
+        results = []
+        for i in range(len(call["input_ids"])):
+            results.append(engine.generate(**one_of(call, i)))
+            assert engine.flush_cache().success
+    for result in results:
+        assert_complete(result)
+    return results
+
+
+def check_against(reference, engine):
+    for result, expected in zip(engine.generate(**workload()), reference, strict=True):
+        assert_complete(result)
+        assert_same(result, expected)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_results_do_not_depend_on_the_schedule(reference, schedule):
+    with strict_engine(**HIDDEN, **SCHEDULES[schedule]) as engine:
+        check_against(reference, engine)
+        assert_idle(engine)
+        check_against(reference, engine)  # now from the prefix cache
+        assert_idle(engine)
+
+
+@pytest.mark.parametrize("options", [{}, {"enable_mixed_chunk": True}, {"disable_overlap_schedule": True}])
+def test_forced_retraction_changes_nothing(reference, options):
+    with mock.patch.dict(os.environ, JAXGEN_TEST_RETRACT="1"):
+        engine = strict_engine(**HIDDEN, **options)
+    with engine:
+        results = engine.generate(**workload())
+        assert sum(result["meta_info"]["num_retractions"] for result in results) >= 5
+        for result, expected in zip(results, reference, strict=True):
+            assert_complete(result)
+            assert_same(result, expected)
+            cached = result["meta_info"]["cached_tokens"]
+            assert cached < len(result["output_ids"]) + result["meta_info"]["prompt_tokens"]
+        assert_idle(engine)
+
+
+def test_forced_retraction_never_repeats_streamed_text():
+    call = {"input_ids": [prompt_of(20, i) for i in range(6)], "sampling_params": greedy(20)}
+    with mock.patch.dict(os.environ, JAXGEN_TEST_RETRACT="2"):
+        engine = strict_engine()
+    with engine:
+        whole = engine.generate(**call)
+        engine.flush_cache()
+        seen = dict.fromkeys(range(6), (0, ""))
+        last = {}
+        for chunk in engine.generate(**call, stream=True):
+            i, tokens = chunk["index"], chunk["meta_info"]["completion_tokens"]
+            assert tokens > seen[i][0] and chunk["text"].startswith(seen[i][1])
+            seen[i] = tokens, chunk["text"]
+            last[i] = chunk
+        assert sum(chunk["meta_info"]["num_retractions"] for chunk in last.values()) > 0
+        assert [last[i]["text"] for i in range(6)] == [result["text"] for result in whole]
+        assert_idle(engine)
+
+
+def test_real_retraction_when_the_pool_runs_dry():
+    """Optimistic admission over a pool that cannot hold what it admits."""
+    # End-of-sequence cannot be drawn, yet admission counts on it.
+    params = {"temperature": 0.0, "max_new_tokens": 90, "logit_bias": {1: -1000.0}}
+    call = {"input_ids": [prompt_of(10, i) for i in range(8)], "sampling_params": params}
+    with strict_engine() as roomy:
+        expected = [result["output_ids"] for result in roomy.generate(**call)]
+    with strict_engine(max_total_tokens=320, schedule_conservativeness=0.0) as engine:
+        results = engine.generate(**call)
+        assert sum(result["meta_info"]["num_retractions"] for result in results) > 0
+        assert [result["output_ids"] for result in results] == expected
+        assert_idle(engine)
+
+
+def test_a_pool_of_little_more_than_one_request_serves_sixteen():
+    call = {"input_ids": [prompt_of(20, i) for i in range(16)], "sampling_params": greedy(8)}
+    with strict_engine() as roomy:
+        expected = [result["output_ids"] for result in roomy.generate(**call)]
+    with strict_engine(max_total_tokens=64) as engine:
+        assert [result["output_ids"] for result in engine.generate(**call)] == expected
+        assert_idle(engine)
+
+
+@pytest.mark.parametrize("family", ["llama2", "llama3"])
+def test_greedy_batch_is_what_hugging_face_computes(family):
+    cases = golden_cases(family)
+    with strict_engine(model_path=str(GOLDEN / family)) as engine:
+        for _ in range(2):  # cold, then with every prompt cached
+            results = engine.generate(
+                input_ids=[case["prompt_ids"] for case in cases],
+                sampling_params=greedy(len(cases[0]["greedy_ids"])),
+            )
+            assert [result["output_ids"] for result in results] == [case["greedy_ids"] for case in cases]
+
+
+def test_one_row_reaches_the_context_length():
+    """With one row the pool must still not be the limit of a request that fits the context."""
+    with strict_engine(max_running_requests=1, cuda_graph_bs_decode=[1], max_total_tokens=512) as engine:
+        result = engine.generate(input_ids=[5] * 10, sampling_params={**greedy(1), "max_new_tokens": None})
+        assert result["meta_info"]["finish_reason"] == {"type": "length", "length": 255 - 10 - 1}
