@@ -1,0 +1,107 @@
+"""What a model must at least read and multiply: the floor beside a measured time."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxgen.models.config import ModelConfig
+from jaxgen.models.registry import ARCHITECTURES
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Measured speed of one device: bytes read per second, and operations per second of a matrix product."""
+
+    read_bytes_per_s: float
+    matrix_flops: float
+
+    @classmethod
+    def measure(cls, dtype: np.dtype, repeats: int = 3) -> Rates:
+        """Rates of the default device, the product in `dtype` (float32 accumulation)."""
+        on_cpu = jax.default_backend() == "cpu"
+        side = 1 << (13 if on_cpu else 15)  # 256 MiB or 4 GiB: far more than any cache
+        x = jnp.ones((side, side), jnp.float32)
+        readers: tuple[Callable, ...] = (lambda x: x.sum(axis=1), lambda x: x @ jnp.ones((side,), x.dtype))
+        read = max(x.nbytes / _seconds(jax.jit(reader), (x,), repeats) for reader in readers)
+        del x
+        side = 2048 if on_cpu else 8192
+        a, b = jax.random.normal(jax.random.key(0), (2, side, side), jnp.float32).astype(dtype)
+        return cls(read, 2 * side**3 / _seconds(jax.jit(jnp.matmul), (a, b), repeats))
+
+
+def _seconds(function: Callable, args: tuple, repeats: int) -> float:
+    """Least seconds of a call: a rate is a ceiling."""
+    jax.block_until_ready(function(*args))
+    best = math.inf
+    for _ in range(repeats):
+        started = time.perf_counter()
+        jax.block_until_ready([function(*args) for _ in range(4)])
+        best = min(best, (time.perf_counter() - started) / 4)
+    return best
+
+
+@dataclass(frozen=True)
+class ModelCosts:
+    """Bytes and operations of a model; attention's operations included, those of norms and rope not.
+
+    Attributes:
+        weight_bytes: read by every step: all weights but an embedding table of its own (one row a token).
+        layer_weights: weights that multiply every token.
+        head_weights: weights that multiply only the tokens whose logits are needed.
+        kv_bytes: of one token position, all layers.
+        attention_flops: per pair of query and key, all layers.
+    """
+
+    weight_bytes: int
+    layer_weights: int
+    head_weights: int
+    kv_bytes: int
+    attention_flops: int
+    windows: tuple[int | None, ...]
+
+    @classmethod
+    def of(cls, config: ModelConfig, param_dtype: np.dtype, kv_dtype: np.dtype) -> ModelCosts:
+        """Costs of `config` with weights of `param_dtype` and pages of `kv_dtype`."""
+        table = ARCHITECTURES[config.architecture].weight_table(config)
+        layers = sum(math.prod(s.shape) for path, s in table.items() if path.startswith("layers."))
+        head = config.vocab_size * config.hidden_size
+        return cls(
+            weight_bytes=(layers + head) * np.dtype(param_dtype).itemsize,
+            layer_weights=layers,
+            head_weights=head,
+            kv_bytes=2
+            * config.num_layers
+            * config.num_kv_heads
+            * config.head_dim
+            * np.dtype(kv_dtype).itemsize,
+            attention_flops=4 * config.num_layers * config.num_heads * config.head_dim,
+            windows=tuple(config.sliding_windows),
+        )
+
+    def seen(self, length: int) -> float:
+        """Keys that a query at the end of `length` tokens sees, the mean over layers."""
+        if not self.windows:
+            return length
+        return sum(length if w is None else min(w, length) for w in self.windows) / len(self.windows)
+
+    def decode_seconds(self, lengths: list[int], rates: Rates, devices: int = 1) -> float:
+        """Floor of one decode step over lanes with these KV lengths: the longer of reading and multiplying."""
+        keys = sum(map(self.seen, lengths))
+        read = (self.weight_bytes + self.kv_bytes * keys) / rates.read_bytes_per_s
+        multiplied = 2 * (self.layer_weights + self.head_weights) * len(lengths) + self.attention_flops * keys
+        return max(read, multiplied / rates.matrix_flops) / devices
+
+    def prefill_seconds(self, prompts: list[int], rates: Rates, devices: int = 1) -> float:
+        """Floor of computing prompts of these lengths, with logits of each one's last token."""
+        flops = 0.0
+        for length in prompts:
+            keys = sum(map(self.seen, range(1, length + 1)))
+            flops += 2 * self.layer_weights * length + 2 * self.head_weights + self.attention_flops * keys
+        return max(flops / rates.matrix_flops, self.weight_bytes / rates.read_bytes_per_s) / devices

@@ -1,0 +1,92 @@
+"""`jaxgen bench latency`: time to the first token and per decode step of one batch, beside their floors."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from jaxgen.bench import report, shapes
+from jaxgen.bench.costs import ModelCosts, Rates
+from jaxgen.bench.engines import generate_seconds, medians, random_prompts, round_up
+from jaxgen.engine import Engine
+
+MOST_PREFILL_TOKENS = 8192
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs the benchmark; returns the exit status."""
+    record = report.header("latency", shapes.settings(args) | {"batch sizes": args.batch_sizes})
+    largest = max(args.batch_sizes)
+    with shapes.make_engine(
+        args,
+        context_length=round_up(args.input_len + args.output_len + 16, 128),
+        max_running_requests=largest,
+        cuda_graph_bs_decode=sorted(set(args.batch_sizes)),
+        chunked_prefill_size=min(round_up(largest * args.input_len, 128), MOST_PREFILL_TOKENS),
+    ) as engine:
+        costs, rates = shapes.floors(engine)
+        rows = [_measure(args, engine, costs, rates, size) for size in args.batch_sizes]
+    print(shapes.rates_line(rates))
+    report.table(
+        [
+            "batch",
+            "prefill ms",
+            "floor ms",
+            "prefill tok/s",
+            "ms/step",
+            "floor ms",
+            "of floor",
+            "decode tok/s",
+        ],
+        [
+            [
+                row["batch"],
+                row["prefill_ms"],
+                row["prefill_floor_ms"],
+                row["prefill_tokens_per_s"],
+                row["decode_step_ms"],
+                row["decode_floor_ms"],
+                f"{row['decode_of_floor']:.1%}",
+                row["decode_tokens_per_s"],
+            ]
+            for row in rows
+        ],
+    )
+    return report.finish(record | {"rates": shapes.rates_record(rates), "results": rows})
+
+
+def _measure(
+    args: argparse.Namespace, engine: Engine, costs: ModelCosts, rates: Rates, size: int
+) -> dict[str, Any]:
+    vocab_size = engine.tokenizer_manager.model_config.vocab_size
+    prompts = random_prompts([args.input_len] * size, vocab_size)
+    generate_seconds(engine, prompts, args.output_len)
+    seconds = medians(
+        {
+            "prefill": lambda: generate_seconds(engine, prompts, 1),
+            "all": lambda: generate_seconds(engine, prompts, args.output_len),
+        },
+        args.repeats,
+    )
+    # The first token comes out of the prefill, each of the others out of a decode step.
+    steps = args.output_len - 1
+    step = (seconds["all"] - seconds["prefill"]) / steps
+    floor = (
+        sum(
+            costs.decode_seconds([args.input_len + i] * size, rates, args.tp_size)
+            for i in range(1, args.output_len)
+        )
+        / steps
+    )
+    prefill_floor = costs.prefill_seconds([args.input_len] * size, rates, args.tp_size)
+    return {
+        "batch": size,
+        "seconds": seconds["all"],
+        "prefill_ms": seconds["prefill"] * 1e3,
+        "prefill_floor_ms": prefill_floor * 1e3,
+        "prefill_tokens_per_s": size * args.input_len / seconds["prefill"],
+        "decode_step_ms": step * 1e3,
+        "decode_floor_ms": floor * 1e3,
+        "decode_of_floor": floor / step,
+        "decode_tokens_per_s": size / step,
+    }

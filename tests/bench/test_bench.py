@@ -1,0 +1,137 @@
+"""`jaxgen bench`: every benchmark runs, ends with one JSON line, and its figures hang together."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from jaxgen.bench.costs import ModelCosts, Rates
+from jaxgen.bench.hf_export import export
+from jaxgen.checkpoint import open_checkpoint
+from jaxgen.models.config import ModelConfig
+
+ROOT = Path(__file__).parents[2]
+LLAMA3 = ROOT / "tests/golden/llama3"
+# Few and small steps: the tests are about the report, not about speed.
+SMALL = json.dumps({"cuda_graph_bs_prefill": [32], "chunked_prefill_size": 32})
+
+# Stands in for hf_generate.py where torch is not installed: answers in its form, with tokens of its own.
+FAKE_HF = """#!/usr/bin/env python3
+import json, sys
+print(json.dumps({"torch": "none", "transformers": "none", "threads": 1}), flush=True)
+for line in sys.stdin:
+    request = json.loads(line)
+    ids = [[7] * request["new_tokens"] for _ in request["prompts"]]
+    print(json.dumps({"seconds": 0.5, "output_ids": ids}), flush=True)
+"""
+
+
+def bench(*args: str) -> tuple[dict, str]:
+    """The JSON record and the whole output of `jaxgen bench ARGS`."""
+    done = subprocess.run(
+        [sys.executable, "-m", "jaxgen.cli.main", "bench", *args], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    record = json.loads(done.stdout.splitlines()[-1])
+    assert record["bench"] == args[0]
+    assert record["command"].startswith(f"jaxgen bench {args[0]} ")
+    assert set(record["versions"]) == {"jaxgen", "jax", "jaxlib", "python"}
+    assert record["device"]["host_cores"] >= 1
+    return record, done.stdout
+
+
+def test_cpu_with_an_opponent(tmp_path):
+    fake = tmp_path / "python"
+    fake.write_text(FAKE_HF)
+    fake.chmod(0o755)
+    record, text = bench(
+        "cpu", "--model-path", str(LLAMA3), "--batch-sizes", "2", "--input-len", "8", "--output-len", "4",
+        "--repeats", "1", "--compare-hf", str(fake), "--engine-options", SMALL,
+    )  # fmt: skip
+    (row,) = record["results"]
+    assert row["batch"] == 2
+    assert row["tokens_per_s"] == pytest.approx(8 / row["seconds"])
+    assert row["hf_tokens_per_s"] == pytest.approx(16)
+    assert row["ratio"] == pytest.approx(0.5 / row["seconds"])
+    assert "ratio" in text
+
+
+def test_latency():
+    record, text = bench(
+        "latency", "--model", str(LLAMA3), "--dtype", "float32", "--batch-sizes", "2", "--input-len", "16",
+        "--output-len", "3", "--repeats", "1", "--engine-options", SMALL,
+    )  # fmt: skip
+    (row,) = record["results"]
+    assert row["decode_step_ms"] > row["decode_floor_ms"] > 0
+    assert row["prefill_ms"] > row["prefill_floor_ms"] > 0
+    assert row["decode_tokens_per_s"] == pytest.approx(2e3 / row["decode_step_ms"])
+    assert record["rates"]["read_bytes_per_s"] > 0
+    assert "ms/step" in text
+
+
+def test_offline():
+    record, _ = bench(
+        "offline", "--model", str(LLAMA3), "--dtype", "float32", "--num-prompts", "5", "--input-len", "16",
+        "--output-len", "4", "--range-ratio", "0.5", "--max-running-requests", "2", "--repeats", "1",
+        "--engine-options", SMALL,
+    )  # fmt: skip
+    (row,) = record["results"]
+    assert 5 * 8 <= row["input_tokens"] <= 5 * 16
+    assert row["output_tokens_per_s"] == pytest.approx(row["output_tokens"] / row["seconds"])
+    assert 0 < row["of_floor"] < 1
+
+
+def test_scheduler():
+    record, _ = bench("scheduler", "--requests", "4", "--iterations", "20", "--input-len", "8")
+    (row,) = record["results"]
+    assert row["iterations"] == 20
+    assert 0 < row["packing_ms"] < row["median_ms"] <= row["p90_ms"] <= row["max_ms"]
+
+
+def test_startup():
+    options = {"max_running_requests": 1, "skip_tokenizer_init": True, **json.loads(SMALL)}
+    record, _ = bench("startup", "--model-path", str(LLAMA3), "--engine-options", json.dumps(options))
+    (row,) = record["results"]
+    assert row["warm"]["compile steps"] < row["cold"]["compile steps"]
+    assert row["ratio"] == pytest.approx(row["warm"]["total"] / row["cold"]["total"])
+
+
+def test_bad_options_are_explained():
+    for args, words in [
+        (["latency", "--output-len", "1"], "at least 2"),
+        (["cpu", "--engine-options", "[1]"], "JSON object"),
+        (["offline", "--range-ratio", "0"], "(0, 1]"),
+        (["cpu", "--model-path", str(LLAMA3), "--compare-hf", "/no/such/python"], "cannot run"),
+    ]:
+        done = subprocess.run(
+            [sys.executable, "-m", "jaxgen.cli.main", "bench", *args], cwd=ROOT, capture_output=True, text=True
+        )
+        assert done.returncode != 0
+        assert words in done.stderr
+
+
+@pytest.mark.parametrize("name", ["llama3", "qwen2", "qwen3"])
+def test_exported_weights_are_the_originals(name, tmp_path):
+    original = open_checkpoint(ROOT / "tests/golden" / name)
+    export(str(ROOT / "tests/golden" / name), tmp_path / "model")
+    copy = open_checkpoint(tmp_path / "model")
+    reader, copied = original.reader(), copy.reader()
+    names = original_names(original)
+    assert names
+    for tensor in names:
+        assert copied.shape(tensor) == reader.shape(tensor), tensor
+        np.testing.assert_array_equal(
+            copied.read(tensor, np.dtype("float32")), reader.read(tensor, np.dtype("float32"))
+        )
+
+
+def test_costs_of_a_known_model():
+    raw = json.loads((ROOT / "configs/smollm2-135m.json").read_text())
+    costs = ModelCosts.of(ModelConfig.from_hf(raw), np.dtype("float32"), np.dtype("float16"))
+    assert costs.weight_bytes == 4 * 134_515_008  # the published number of parameters; the head is tied
+    assert costs.kv_bytes == 2 * 30 * 3 * 64 * 2
+    # One lane without history reads the weights; its time is theirs.
+    assert costs.decode_seconds([0], Rates(1e9, 1e15)) == pytest.approx(costs.weight_bytes / 1e9)
