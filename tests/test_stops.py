@@ -208,6 +208,17 @@ def test_patterns_are_found_exactly_when_re_search_finds_them(pattern, pieces, p
         assert search.found() == (re.search(pattern, text) is not None)
 
 
+@pytest.mark.parametrize(
+    "pattern", ["a$", r"a$\n", r"a\Z", "(?m)a$", "^b", "(?m)^b", r"(?m)\Ab", r"\bb", r"a\b", r"a\Bb", "b$$"]
+)
+@pytest.mark.parametrize("text", ["a", "a\n", "a\n\n", "a\nb", "b\n", "ab", "ab\n", "xb", "a b"])
+def test_positions_mean_what_they_mean_to_re(pattern, text):
+    search = PatternSearch(pattern)
+    for count, character in enumerate(text, 1):
+        search.push(character)
+        assert search.found() == (re.search(pattern, text[:count]) is not None)
+
+
 @pytest.mark.parametrize("pattern", ["(a+)+b", "(a|a)*b", "(a*)*b", "(.*)(.*)(.*)b", "(a|b)*a(a|b){90}c"])
 def test_patterns_that_ruin_backtracking_do_no_harm(pattern):
     search = PatternSearch(pattern)

@@ -182,6 +182,18 @@ def test_the_generic_way_never_decodes_more_than_a_short_window():
     assert max(lengths) <= 2 * WINDOW + MAX_PENDING + 1
 
 
+def test_the_generic_way_holds_back_an_unfinished_character():
+    text = "é 😊好 ok"
+
+    def decode_ids(ids):
+        return bytes(ids).decode(errors="replace")
+
+    state = WindowState(decode_ids, list("😊".encode())[:2])
+    pieces = [state.push(byte) for byte in list("😊".encode())[2:] + list(text.encode())]
+    assert "".join(pieces) + state.flush() == "😊" + text
+    assert not any("\ufffd" in piece for piece in pieces)
+
+
 def test_ids_the_tokenizer_does_not_know_add_no_text():
     for make in (byte_level, byte_fallback, metaspace):
         tokenizer = make()
