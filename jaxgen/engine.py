@@ -100,6 +100,8 @@ class Engine:
         report = self.startup_report
         args.validate()
         set_log_level(args.log_level)
+        if args.gc_threshold is not None:
+            gc.set_threshold(*args.gc_threshold)
         with report.phase("start backend"):
             enable_persistent_cache(args.compilation_cache_dir)
             claim_device_memory(args.mem_fraction_static)

@@ -35,6 +35,8 @@ DTYPES = {
 # Smallest packed prefill step: below it the launch costs more than the tokens.
 SMALLEST_PREFILL = {"cpu": 32, "gpu": 64}
 MOST_PREFILL_ROWS = 64
+# Decode buckets where compiling costs more than padding: a CPU compiles on the cores that are to generate.
+COARSE_BUCKETS = {"cpu": (1, 2, 4, 8, 16, 32, 64, 128)}
 
 
 def environment(name: str) -> str | None:
@@ -160,7 +162,9 @@ def runner_config_of(args: ServerArgs, model: ModelConfig, mesh: jax.sharding.Me
         page_size=args.page_size or 16,
         context_length=model.context_length,
         rows=rows,
-        decode_buckets=decode_buckets(min(largest_bucket, rows), args.cuda_graph_bs_decode),
+        decode_buckets=decode_buckets(
+            min(largest_bucket, rows), args.cuda_graph_bs_decode or COARSE_BUCKETS.get(platform)
+        ),
         prefill_buckets=_prefill_shapes(args, rows, platform),
         param_dtype=param_dtype,
         kv_dtype=kv_dtype_of(args, param_dtype),

@@ -15,6 +15,9 @@ from jaxgen.scheduling.request import Request
 from jaxgen.tokenizer import TextStream
 
 
+State = tuple[int, str | None, dict[str, Any] | None, int]
+
+
 class Bell(Protocol):
     """Whom a response tells that there is something to read."""
 
@@ -81,8 +84,8 @@ class Response:
         )
         self._hidden: list[np.ndarray] = []
         # (tokens, text, finish reason, hidden entries): replaced whole, so a reader never sees halves.
-        self._state: tuple[int, str | None, dict[str, Any] | None, int] = (0, None, None, 0)
-        self._taken = self._state
+        self._state: State = (0, None, None, 0)
+        self._taken: object = self._state
         self._text: TextStream | None = None
         self._decoded = 0
         self._emitted = Emitted()
@@ -116,21 +119,21 @@ class Response:
 
     def add_input_logprobs(self, request: Request, start: int, logprobs: Logprobs) -> None:
         """Entries for the tokens after positions start, start + 1, ...; a resumed request repeats earlier ones."""
-        data = self._logprobs
+        data: Any = self._logprobs  # its lists, which for everybody else are read-only sequences
         first = request.logprob_start + len(data.input_values) - (start + 1)
         stop = min(len(logprobs.chosen), len(request.prompt_ids) - (start + 1))
         if 0 <= first < stop:
             values, top_values, top_ids, selected = self._own(logprobs, slice(first, stop))
-            data.input_values += values.tolist()
-            data.input_top += zip(top_values, top_ids)
-            data.input_selected += list(selected)
+            data.input_values.extend(values.tolist())
+            data.input_top.extend(zip(top_values, top_ids))
+            data.input_selected.extend(selected)
 
     def add_output_logprobs(self, logprobs: Logprobs, row: int) -> None:
-        data = self._logprobs
+        data: Any = self._logprobs
         values, top_values, top_ids, selected = self._own(logprobs, slice(row, row + 1))
-        data.output_values += values.tolist()
-        data.output_top += zip(top_values, top_ids)
-        data.output_selected += list(selected)
+        data.output_values.extend(values.tolist())
+        data.output_top.extend(zip(top_values, top_ids))
+        data.output_selected.extend(selected)
 
     def _own(self, logprobs: Logprobs, rows: slice) -> tuple[np.ndarray, ...]:
         """Copies of what was asked for in `rows`: a view would keep the whole batch's results alive."""

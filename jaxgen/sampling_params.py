@@ -20,6 +20,7 @@ MAX_REGEX_BYTES = 256
 MAX_SAMPLES = 4096  # an unbounded `n` would let one request fill the host's memory
 MAX_LISTED_IDS = 1 << 20
 MAX_FLOAT32 = 3.4028234663852886e38
+NAN_MATCH = "NaN happened"  # `matched` of a request that ended because its logits held NaN
 GRAMMARS = ("json_schema", "regex", "ebnf", "structural_tag")
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from jaxgen.detokenizer import IncrementalDetokenizer, TokenDecoder, decode
-from jaxgen.sampling_params import SamplingParams
+from jaxgen.sampling_params import NAN_MATCH, SamplingParams
 from jaxgen.shown import shown
 from jaxgen.stops import Match, StopMatcher
 
@@ -109,13 +109,14 @@ class TextStream:
     def finish(self, reason: Mapping[str, Any], *, keep_last: bool = False) -> str:
         """The final text for a `finish_reason`.
 
-        A reason whose `matched` is a token id drops the text of the last id pushed, unless the request
-        asked for no trimming or `keep_last` is set (a grammar that reached its end).
+        A reason whose `matched` is a token id (or NaN, for which EOS stands in) drops the text of the last id
+        pushed, unless the request asked for no trimming or `keep_last` is set (a grammar that reached its end).
         """
         if self._final is not None:
             return self._final
         matched = reason.get("matched")
-        drops = isinstance(matched, int) and not self._no_stop_trim and not keep_last
+        ended_by_token = isinstance(matched, int) or matched == NAN_MATCH
+        drops = ended_by_token and not self._no_stop_trim and not keep_last
         if drops and self._match is None:
             self._detokenizer.drop_last()
         self._detokenizer.flush()

@@ -13,7 +13,7 @@ DEVICE_LIBRARIES = {"jax", "jaxlib", "flax", "kernels_pallas", "orbax"}
 
 # Folder -> the jaxgen modules it may import (itself always). What is not listed here is a module of jaxgen/.
 ALLOWED = {
-    "scheduling": set(),
+    "scheduling": {"sampling_params"},
     "layers": set(),
     "models": {"layers"},
     "checkpoint": {"models", "__init__"},
@@ -96,7 +96,9 @@ def test_nothing_below_imports_a_front_end_or_the_engine():
 def test_torch_is_imported_nowhere():
     for folder in ("jaxgen", "kernels_pallas"):
         for path in files(folder):
-            assert "torch" not in libraries(path), path
+            # The one script that `jaxgen bench` hands to another interpreter, to time Hugging Face.
+            if path.name != "hf_generate.py":
+                assert "torch" not in libraries(path), path
 
 
 def test_importing_jaxgen_and_its_front_starts_no_backend():

@@ -1,5 +1,6 @@
 """The pre-norm decoder that the Llama lineage shares. Families differ by `ModelConfig` and by names."""
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -54,6 +55,12 @@ class DecoderLayer(nnx.Module):
         return x + self.mlp(self.mlp_norm(x)), k_pages, v_pages
 
 
+@partial(jax.jit, static_argnums=0)
+def _run_layer(graphdef, state, x, cos, sin, k_pages, v_pages, batch):
+    """One decoder layer. Layers of equal structure are traced and lowered once; XLA inlines every call."""
+    return nnx.merge(graphdef, state)(x, cos, sin, k_pages, v_pages, batch)
+
+
 class CausalLM(nnx.Module):
     """Embedding, decoder layers, final norm and language-model head.
 
@@ -88,7 +95,8 @@ class CausalLM(nnx.Module):
         cos, sin = rope_cos_sin(self.config.rope, positions)
         pages = []
         for layer, (k_pages, v_pages) in zip(self.layers, kv, strict=True):
-            x, k_pages, v_pages = layer(x, cos, sin, k_pages, v_pages, batch)
+            graphdef, state = nnx.split(layer)
+            x, k_pages, v_pages = _run_layer(graphdef, state, x, cos, sin, k_pages, v_pages, batch)
             pages.append((k_pages, v_pages))
         return self.norm(x), pages
 

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from jaxgen.sampling_params import NAN_MATCH
+
 if TYPE_CHECKING:
     from jaxgen.scheduling.prefix_cache import Node
     from jaxgen.scheduling.rows import RowTable
@@ -157,7 +159,9 @@ class Request:
         output = self.output_ids
         if token < 0 or token >= self.vocab_size:
             output.append(self.eos_id)
-            self.finish_reason = {"type": "stop", "matched": "NaN happened"}
+            if self.text is not None:
+                self.text.push(self.eos_id)  # `finish` drops it, like any token that only ends a request
+            self.finish_reason = {"type": "stop", "matched": NAN_MATCH}
             return
         output.append(token)
         if self.text is not None:

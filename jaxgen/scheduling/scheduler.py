@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxgen.sampling_params import NAN_MATCH
 from jaxgen.scheduling import environment
 from jaxgen.scheduling.estimate import RETRACT_DECODE_STEPS, NewTokenRatio
 from jaxgen.scheduling.kv import KVManager
@@ -238,7 +239,7 @@ class Scheduler:
     def _finish(self, request: Request) -> None:
         """A request ended by itself: its KV stays cached, without the last token, which has none."""
         reason = request.finish_reason
-        if reason is not None and reason.get("matched") != "NaN happened":
+        if reason is not None and reason.get("matched") != NAN_MATCH:
             self._publish(request, len(request.prompt_ids) + max(len(request.output_ids) - 1, 0))
         self._release(request)
 
