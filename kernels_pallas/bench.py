@@ -1,9 +1,9 @@
 """Speed of the kernels on the GPU at hand: `python -m kernels_pallas.bench [op ...] [--repeats N]`.
 
-Each figure is the median over repeats of a chain of calls inside one compiled program, the inputs rotated over
-sets larger together than the L2 cache. Beside it stands the floor: bytes that must be read over the read
-bandwidth measured in the same run, or floating-point operations over the measured matrix rate. A JSON line with
-everything is printed last.
+Each figure is the median over repeats of a chain of calls inside one compiled program, the inputs rotated
+over sets larger together than the L2 cache. Beside it stands the floor: bytes that must be read over the read
+bandwidth measured in the same run, or floating-point operations over the measured matrix rate. A JSON line
+with everything is printed last.
 """
 
 import argparse
@@ -56,7 +56,7 @@ def matrix_rate(repeats: int) -> float:
 
 @dataclass(frozen=True)
 class DecodeCase:
-    """Lanes of KV lengths `lengths`, N query heads, K kv heads, head dim H, page size S; target over the floor."""
+    """One shape of decode, and the share of the floor aimed at."""
 
     name: str
     lengths: tuple[int, ...]

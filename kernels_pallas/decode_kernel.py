@@ -22,8 +22,6 @@ from jax.experimental import pallas as pl
 from kernels_pallas import mosaic
 from kernels_pallas.mosaic import LOG2E, MASKED, ROWS
 
-SHARED_MEMORY = 232_448  # bytes of shared memory one block of threads may use on Hopper
-
 
 @dataclass(frozen=True)
 class DecodeConfig:
@@ -34,14 +32,12 @@ class DecodeConfig:
     num_splits: int
 
 
-def default_config(num_lanes: int, num_kv_heads: int, head_dim: int, page_size: int) -> DecodeConfig:
-    """A safe choice for any shape: at least four waves of thread blocks where the lanes do not give them."""
-    del page_size
-    block_kv = 64
-    stages = 2 if head_dim > 64 else 4
-    wanted = 4 * 2 * 132
-    num_splits = max(1, min(64, wanted // max(num_lanes * num_kv_heads, 1)))
-    return DecodeConfig(block_kv, stages, num_splits)
+def default_config(num_lanes: int, num_kv_heads: int, head_dim: int) -> DecodeConfig:
+    """Two blocks of threads per multiprocessor for any shape, if need be by splitting lanes."""
+    slots, pairs = 2 * 132, max(num_lanes * num_kv_heads, 1)
+    # Splits beyond 16 per lane cost more in merging than they gain, unless the chip would stand half empty.
+    num_splits = max(1, min(slots // pairs, max(16, slots // 2 // pairs)))
+    return DecodeConfig(128 if head_dim == 64 else 64, 2, num_splits)
 
 
 def unsupported(q: jax.Array, k_pages: jax.Array, v_pages: jax.Array) -> str | None:
@@ -62,7 +58,7 @@ def unsupported(q: jax.Array, k_pages: jax.Array, v_pages: jax.Array) -> str | N
 def paged_decode(q, k_pages, v_pages, page_table, lengths, *, sm_scale, window, softcap, sinks, config=None):
     """`kernels_pallas.paged_decode` by the kernel; operands that `unsupported` accepts."""
     if config is None:
-        config = default_config(q.shape[0], k_pages.shape[1], k_pages.shape[3], k_pages.shape[2])
+        config = default_config(q.shape[0], k_pages.shape[1], k_pages.shape[3])
     scale = float(q.shape[2] ** -0.5 if sm_scale is None else sm_scale)
     return _decode(q, k_pages, v_pages, page_table, lengths, sinks, scale, window, softcap, config, None)
 

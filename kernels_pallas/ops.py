@@ -11,7 +11,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas import decode_kernel, mosaic, reference
+from kernels_pallas import decode_kernel, mosaic, prefill_kernel, reference
 
 Implementation = Literal["reference", "mosaic"]
 
@@ -144,8 +144,10 @@ def ragged_prefill(
     _check_attention(q, k_pages, v_pages, page_table, lengths, window, softcap, sinks)
     if cu_seqlens.shape != (page_table.shape[0] + 1,):
         raise ValueError(f"cu_seqlens must be [R + 1] = [{page_table.shape[0] + 1}], got {cu_seqlens.shape}")
-    _runs_kernel("ragged_prefill", implementation, "it has no kernel")
-    return reference.ragged_prefill(
+    reason = prefill_kernel.unsupported(q, k_pages, v_pages)
+    kernel = _runs_kernel("ragged_prefill", implementation, reason)
+    attend = prefill_kernel.ragged_prefill if kernel else reference.ragged_prefill
+    return attend(
         q,
         k_pages,
         v_pages,

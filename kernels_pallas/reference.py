@@ -6,8 +6,6 @@ kv heads. Axes: B lanes, T packed tokens, R rows, P pages, MP pages of a row, S 
 K kv heads, G = N // K, H head dim, V vocabulary.
 """
 
-import math
-
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -251,27 +249,43 @@ def sample(
     seeds: jax.Array,
     positions: jax.Array,
 ) -> jax.Array:
-    """One token per lane. See `kernels_pallas.sample`."""
+    """One token per lane. See `kernels_pallas.sample`.
+
+    Top-k, top-p and min-p each keep a prefix of the tokens ordered by (logit descending, id ascending). So
+    the noisy maximum of the kept tokens is found without a sort: take the noisy maximum of all tokens; while
+    the tokens before it in the order say that it is not kept, take the noisy maximum of those. Each trip is
+    one pass, and the first candidate is already kept with the probability of the whole prefix.
+    """
     logits = logits.astype(jnp.float32)
     maximum = logits.max(axis=-1)  # [B]; NaN if the row holds one
     greedy = temperature <= 0.0
+    vocab_size = logits.shape[1]
+    ids = lax.broadcasted_iota(jnp.int32, logits.shape, 1)
 
     def draw():
         safe = jnp.where(greedy, 1.0, temperature)[:, None]
         top = maximum[:, None]
-        scaled = jnp.where(
-            logits == top, 0.0, (logits - top) / safe
-        )  # the shift keeps tiny temperatures finite
+        # The shift keeps tiny temperatures finite.
+        scaled = jnp.where(logits == top, 0.0, (logits - top) / safe)
         weights = jnp.exp(scaled)
-        truncated = ~greedy & ((top_k < logits.shape[1]) | (top_p < 1.0))
-        keep = lax.cond(
-            truncated.any(),
-            lambda: _keep_top(scaled, weights, truncated, top_k, top_p),
-            lambda: jnp.ones_like(scaled, dtype=bool),
-        )
-        keep &= weights >= min_p[:, None]
-        noisy = scaled + gumbel_noise(seeds, positions, logits.shape[1])
-        return _first_argmax(jnp.where(keep, noisy, -jnp.inf))
+        noisy = lax.optimization_barrier(scaled + gumbel_noise(seeds, positions, vocab_size))
+        budget = jnp.where(top_p < 1.0, top_p * weights.sum(axis=-1), jnp.inf)  # mass that may lie before
+        done = greedy | jnp.isnan(maximum) | ((top_k >= vocab_size) & (top_p >= 1.0) & (min_p <= 0.0))
+
+        def check(state):
+            token, done = state
+            candidate = jnp.take_along_axis(logits, token[:, None], axis=1)
+            before = (logits > candidate) | ((logits == candidate) & (ids < token[:, None]))
+            count = before.sum(axis=-1, dtype=jnp.int32)
+            mass = jnp.where(before, weights, 0.0).sum(axis=-1)
+            weight = jnp.take_along_axis(weights, token[:, None], axis=1)[:, 0]
+            kept = (count < top_k) & (mass <= budget) & (weight >= min_p)
+            done |= kept | (count == 0)  # the first token of the order is always kept
+            return jnp.where(done, token, _first_argmax(jnp.where(before, noisy, -jnp.inf))), done
+
+        token = _first_argmax(noisy)
+        # A NaN row has no maximum to find; any index will do until the end.
+        return lax.while_loop(lambda s: ~s[1].all(), check, (jnp.minimum(token, vocab_size - 1), done))[0]
 
     best = _first_argmax(logits)
     tokens = jnp.where(greedy, best, lax.cond(greedy.all(), lambda: best, draw))
@@ -283,45 +297,3 @@ def _first_argmax(x: jax.Array) -> jax.Array:
     x = lax.optimization_barrier(x)  # both passes must see the same rounding of x
     index = lax.broadcasted_iota(jnp.int32, x.shape, 1)
     return jnp.where(x == x.max(axis=-1, keepdims=True), index, x.shape[1]).min(axis=-1)
-
-
-def order_key(x: jax.Array) -> jax.Array:
-    """Float32 to int32 with the same order (both zeros become one key)."""
-    bits = lax.bitcast_convert_type(x + 0.0, jnp.int32)
-    return jnp.where(bits < 0, bits ^ jnp.int32(0x7FFFFFFF), bits)
-
-
-def _keep_top(scaled, weights, truncated, top_k, top_p):
-    """Mask [B, V] of top-k and top-p together, by bisection over the 32-bit keys instead of a sort."""
-    keys = order_key(scaled)
-    total = weights.sum(axis=-1)
-    budget = jnp.where(top_p < 1.0, top_p * total, jnp.inf)  # [B] mass that may lie before a kept token
-
-    def above(threshold):
-        larger = keys > threshold[:, None]
-        return larger.sum(axis=-1, dtype=jnp.int32), jnp.where(larger, weights, 0.0).sum(axis=-1)
-
-    def halve(bounds):
-        low, high = bounds  # low is too low, high keeps few enough
-        middle = (low & high) + ((low ^ high) >> 1)  # the mean without overflow
-        count, mass = above(middle)
-        enough = (count < top_k) & (mass <= budget)
-        return jnp.where(enough, low, middle), jnp.where(enough, middle, high)
-
-    def unsettled(bounds):
-        low, high = bounds
-        return (high > low + 1).any()
-
-    high = jnp.zeros_like(top_k)  # the key of the maximum, 0.0
-    low = jnp.where(truncated, jnp.int32(-(2**31)), -1)
-    _, threshold = lax.while_loop(unsettled, halve, (low, high))
-    count, mass = above(threshold)
-    tied = keys == threshold[:, None]
-    tied_weight = jnp.max(jnp.where(tied, weights, 0.0), axis=-1)
-    # The j-th tie stays while count + j < top_k and mass + j * weight <= budget.
-    by_mass = jnp.floor((budget - mass) / jnp.maximum(tied_weight, math.ulp(0.0))) + 1.0
-    allowed = jnp.minimum((top_k - count).astype(jnp.float32), by_mass)
-    all_ties = lambda: tied  # noqa: E731
-    first_ties = lambda: tied & (jnp.cumsum(tied, axis=-1) <= allowed[:, None])  # noqa: E731
-    kept_ties = lax.cond((tied.sum(axis=-1) > allowed).any(), first_ties, all_ties)
-    return jnp.where(truncated[:, None], (keys > threshold[:, None]) | kept_ties, True)
