@@ -82,7 +82,7 @@ class Response:
         self._hidden: list[np.ndarray] = []
         # (tokens, text, finish reason, hidden entries): replaced whole, so a reader never sees halves.
         self._state: tuple[int, str | None, dict[str, Any] | None, int] = (0, None, None, 0)
-        self._taken = self._state
+        self._taken: tuple[int, str | None, dict[str, Any] | None, int] = self._state
         self._text: TextStream | None = None
         self._decoded = 0
         self._emitted = Emitted()
