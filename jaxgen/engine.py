@@ -84,6 +84,7 @@ class Engine:
         self._loop: EngineLoop | None = None
         self._runner: Runner | None = None
         self._closed = False
+        self._closing = threading.RLock()
         self._pid = os.getpid()
         self._active: dict[str, Response] = {}
         self._active_lock = threading.Lock()
@@ -94,6 +95,8 @@ class Engine:
             self.shutdown()
             raise
         atexit.register(_shutdown_if_alive, weakref.ref(self))
+        self._abandoned = weakref.finalize(self, _release, self._pid, self._loop, self._runner)
+        self._abandoned.atexit = False  # at exit JAX must still be there, which only the hook above sees to
         self.startup_report.finish()
 
     def _start(self, args: ServerArgs) -> None:
@@ -167,6 +170,7 @@ class Engine:
 
     def encode(self, *args: Any, **kwargs: Any) -> Any:
         """Embeddings need an engine started with is_embedding=True."""
+        self._check_alive()
         raise ValueError("encode needs an embedding engine (is_embedding=True); this one generates text")
 
     async_encode = encode
@@ -284,37 +288,40 @@ class Engine:
         )
 
     def get_model_info(self) -> dict[str, Any]:
+        self._check_alive()
         return model_info(self.server_args)
 
     def start_profile(self, output_dir: str | None = None, **_: Any) -> None:
         """Starts a JAX profiler trace into `output_dir`; RuntimeError if one is running."""
+        self._check_alive()
         jax.profiler.start_trace(output_dir or os.path.join(os.getcwd(), "jaxgen-profile"))
 
     def stop_profile(self) -> None:
         """Ends the trace; RuntimeError without one."""
+        self._check_alive()
         jax.profiler.stop_trace()
 
     def freeze_gc(self) -> None:
         """Collects, then exempts everything alive from garbage collection."""
+        self._check_alive()
         gc.collect()
         gc.freeze()
 
     def get_all_child_pids(self) -> list[int]:
         """Empty: the engine has no child processes."""
+        self._check_alive()
         return []
 
     # ---- the end
 
     def shutdown(self) -> None:
         """Stops the engine and returns all its device memory. Idempotent; pending calls raise RuntimeError."""
-        if self._closed or os.getpid() != self._pid:
+        if os.getpid() != self._pid:
             return
-        self._closed = True
-        if self._loop is not None:
-            self._loop.stop()
-        if self._runner is not None:
-            self._runner.shutdown()
-        self._runner = None
+        with self._closing:
+            self._closed = True
+            _release(self._pid, self._loop, self._runner)
+            self._runner = None
 
     def __enter__(self) -> Engine:
         return self
@@ -347,6 +354,16 @@ def _generate_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> GenerateRe
 
 def _is_empty_batch(given: GenerateReqInput) -> bool:
     return given.input_ids is None and isinstance(given.prompt, list | tuple) and not given.prompt
+
+
+def _release(pid: int, loop: EngineLoop | None, runner: Runner | None) -> None:
+    """Ends the thread, then frees the device memory, of an engine shut down or garbage-collected."""
+    if os.getpid() != pid:
+        return
+    if loop is not None:
+        loop.stop()
+    if runner is not None:
+        runner.shutdown()
 
 
 def _shutdown_if_alive(reference: Callable[[], Engine | None]) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
+from collections.abc import Iterator
 
 
 def set_log_level(level: str) -> None:
@@ -14,3 +16,21 @@ def set_log_level(level: str) -> None:
         handler = logging.StreamHandler(sys.stderr)
         handler.setFormatter(logging.Formatter("[%(asctime)s jaxgen] %(message)s", "%H:%M:%S"))
         logger.addHandler(handler)
+
+
+@contextlib.contextmanager
+def torch_not_missed() -> Iterator[None]:
+    """Around the first import of transformers, which otherwise warns on stderr that there is no PyTorch.
+
+    Only that record is dropped; the caller's logging configuration stays as it is.
+    """
+    logger = logging.getLogger("transformers")
+
+    def keep(record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith("PyTorch was not found")
+
+    logger.addFilter(keep)
+    try:
+        yield
+    finally:
+        logger.removeFilter(keep)

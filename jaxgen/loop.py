@@ -12,7 +12,7 @@ import concurrent.futures
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol, TypeVar
 
 import jax
@@ -217,16 +217,19 @@ class EngineLoop:
 
     def _deliver(self, requests: Iterable[Request]) -> None:
         for request in requests:
-            if request.finish_reason is not None:
-                self._live.pop(request.rid, None)
-            if request.sink is not None:
-                request.sink.update(request)
-            elif request.finish_reason is not None:
+            sink, ended = request.sink, request.finish_reason is not None
+            if sink is not None:
+                sink.update(request)
+            if not ended:
+                continue
+            self._live.pop(request.rid, None)
+            if sink is None:
                 self._release_held(request)
+            request.sink = None  # the runner remembers requests, and must not keep their results or callers
 
-    def _admit(self, requests: Iterable[Request]) -> None:
+    def _admit(self, requests: Sequence[Request]) -> None:
+        self._live.update((request.rid, request) for request in requests)
         for request in requests:
-            self._live[request.rid] = request
             try:
                 self.scheduler.add(request)
             except QueueFull as error:
@@ -276,6 +279,7 @@ class EngineLoop:
         for request in list(self._live.values()):
             if request.sink is not None:
                 request.sink.fail(cause)
+                request.sink = None
         self._live.clear()
         self._held.clear()
         self._pending = None  # its results are device memory

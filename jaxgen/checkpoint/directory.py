@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from jaxgen.checkpoint.errors import CheckpointError
+from jaxgen.logs import torch_not_missed
 
 MAX_JSON_BYTES = 256 << 20  # the largest tokenizer and index files in use are some tens of MiB
 
@@ -87,7 +88,10 @@ def load_tokenizer(path: str | Path, mode: str = "auto", trust_remote_code: bool
     for name in TOKENIZER_FILES:
         if (directory / name).is_file():
             _check_size(directory / name)
-    from transformers import AutoTokenizer  # a second of import that configuration-only callers need not pay
+    with torch_not_missed():
+        from transformers import (
+            AutoTokenizer,  # a second of import that configuration-only callers need not pay
+        )
 
     try:
         return AutoTokenizer.from_pretrained(

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from jaxgen.checkpoint.errors import CheckpointError
+from jaxgen.logs import torch_not_missed
 
 # Token types of tokenizer.ggml.token_type.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
@@ -53,7 +54,8 @@ def build_tokenizer(path: Path, metadata: Mapping[str, Any], config: Mapping[str
     Raises:
         CheckpointError: the metadata is incomplete or of an unknown kind.
     """
-    from transformers import PreTrainedTokenizerFast
+    with torch_not_missed():
+        from transformers import PreTrainedTokenizerFast
 
     vocabulary = _Vocabulary(path, metadata)
     kind = metadata.get("tokenizer.ggml.model")

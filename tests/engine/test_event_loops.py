@@ -198,10 +198,10 @@ def test_a_loop_that_ends_while_a_call_runs_elsewhere(engine):
     task._log_destroy_pending = False
     loop.close()
     assert right(engine.generate(**ask(CASES[0])), CASES[0])
-    del task
-    gc.collect()
     engine.abort_request(abort_all=True)
     wait_until_idle(engine)
+    del task
+    gc.collect()
 
 
 @pytest.mark.parametrize("stream", [False, True])

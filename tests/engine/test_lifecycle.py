@@ -1,0 +1,248 @@
+"""Construction, shutdown, garbage collection, and the end of an engine whose thread has failed."""
+
+import asyncio
+import dataclasses
+import gc
+import json
+import logging
+import threading
+import time
+
+import jax
+import pytest
+from tiny_engine import OPTIONS, TOKENIZER, check_idle, golden_cases, greedy, prompt_of, start
+
+import jaxgen
+from jaxgen import Engine, ServerArgs
+
+CASE = golden_cases()[1]
+
+
+def ask(engine):
+    return engine.generate(input_ids=CASE["prompt_ids"], sampling_params=greedy(8))["output_ids"]
+
+
+def held() -> tuple[int, int]:
+    """(device arrays alive, engine threads alive)."""
+    gc.collect()
+    threads = [thread for thread in threading.enumerate() if thread.name.startswith("jaxgen")]
+    return len(jax.live_arrays()), len(threads)
+
+
+def test_options_are_keyword_only_and_checked():
+    with pytest.raises(TypeError, match="model_path"):
+        Engine()
+    with pytest.raises(TypeError):
+        Engine(OPTIONS["model_path"])
+    with pytest.raises(TypeError, match="max_running_requests"):
+        start(max_runing_requests=3)
+    with pytest.raises(TypeError, match="model_path"):
+        Engine(**OPTIONS | {"modelpath": "x"})
+
+
+BAD_OPTIONS = {
+    "chunk of no whole pages": {"chunked_prefill_size": 40, "page_size": 16},
+    "colon in the served name": {"served_model_name": "a:b"},
+    "priority with lpm": {"enable_priority_scheduling": True, "schedule_policy": "lpm"},
+    "priority retraction alone": {"retraction_policy": "priority"},
+    "negative conservativeness": {"schedule_conservativeness": -0.1},
+    "no adapters per batch": {"max_loras_per_batch": 0},
+    "LoRA without adapters": {"enable_lora": True},
+    "two tokenizer batching modes": {
+        "enable_tokenizer_batch_encode": True,
+        "enable_dynamic_batch_tokenizer": True,
+    },
+    "four gc thresholds": {"gc_threshold": [1, 2, 3, 4]},
+    "hidden mode": {"return_hidden_states_mode": "first"},
+    "policy": {"schedule_policy": "best"},
+    "dtype": {"dtype": "int3"},
+    "load format": {"load_format": "zip"},
+    "pool for half a request": {"max_total_tokens": 16},
+    "context beyond the model's": {"context_length": 100_000},
+    "overrides that are no JSON": {"json_model_override_args": "{"},
+    "unknown architecture": {"json_model_override_args": '{"architectures": ["Mamba"]}'},
+    "no such model": {"model_path": "/nowhere/at/all"},
+    "no tokenizer": {"tokenizer_path": None},
+    "more devices than there are": {"tp_size": 64},
+    "page size": {"page_size": 7},
+}
+
+
+@pytest.mark.parametrize("case", BAD_OPTIONS)
+def test_bad_configuration_raises_and_leaves_nothing_behind(case):
+    before = held()
+    with pytest.raises((ValueError, AssertionError, RuntimeError)) as failure:
+        start(**BAD_OPTIONS[case])
+    assert str(failure.value)
+    del failure
+    assert held() == before
+
+
+def test_log_level_is_error_unless_given():
+    with start() as engine:
+        assert engine.server_args.log_level == "error"
+        assert logging.getLogger("jaxgen").level == logging.ERROR
+        root = logging.getLogger().level
+    assert ServerArgs(model_path="x").log_level == "info"
+    with start(log_level="warning") as engine:
+        assert engine.server_args.log_level == "warning"
+    assert logging.getLogger().level == root
+
+
+def test_ready_made_records():
+    args = ServerArgs(**OPTIONS, weight_version="v7")
+    with Engine(server_args=args, model_path="ignored", weight_version="ignored") as engine:
+        assert engine.generate("x", greedy(1))["meta_info"]["weight_version"] == "v7"
+        assert engine.server_args.model_path == OPTIONS["model_path"]
+        json.dumps(engine.get_server_info())
+        info = engine.get_server_info()
+        assert {field.name for field in dataclasses.fields(ServerArgs)} <= set(info)
+        assert info["version"] == jaxgen.__version__
+        assert info["max_total_num_tokens"] == OPTIONS["max_total_tokens"]
+    with Engine(**dataclasses.asdict(args)) as engine:
+        assert ask(engine) == CASE["greedy_ids"][:8]
+
+
+def test_leaving_the_block_shuts_down_and_swallows_nothing():
+    before = held()
+    with pytest.raises(ZeroDivisionError):
+        with start() as engine:
+            assert held()[1] == before[1] + 1
+            1 / 0  # noqa: B018
+    assert held() == before
+    for call in (
+        lambda: engine.generate("x"),
+        lambda: engine.generate("x", stream=True),
+        lambda: asyncio.run(engine.async_generate("x")),
+        lambda: engine.encode("x"),
+        engine.flush_cache,
+        engine.get_server_info,
+        engine.get_model_info,
+        engine.abort_request,
+        engine.pause_generation,
+        engine.continue_generation,
+        engine.stop_profile,
+        engine.freeze_gc,
+        engine.get_all_child_pids,
+    ):
+        with pytest.raises(RuntimeError, match="shut down"):
+            call()
+    engine.shutdown()
+
+
+def test_a_second_engine_after_shutdown_serves_the_same():
+    before = held()
+    for _ in range(2):
+        engine = start()
+        assert ask(engine) == CASE["greedy_ids"][:8]
+        engine.shutdown()
+        engine.shutdown()
+        assert held() == before
+
+
+def calls_until(end, engine, calls):
+    """Runs the calls in threads, `end`s the engine once it works, and returns what the calls raised."""
+    errors = []
+
+    def pending(call):
+        try:
+            call()
+        except Exception as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=pending, args=(call,)) for call in calls]
+    for thread in threads:
+        thread.start()
+    end()
+    for thread in threads:
+        thread.join()
+    return errors
+
+
+def long_calls(engine, **request):
+    request.setdefault("sampling_params", greedy(150))
+    return [
+        lambda: engine.generate(**request),
+        lambda: list(engine.generate(**request, stream=True)),
+        lambda: asyncio.run(engine.async_generate(**request)),
+    ]
+
+
+def test_shutdown_ends_pending_calls():
+    def run():
+        engine = start()
+
+        def shut_down_when_running():
+            while not engine.get_server_info()["internal_states"][0]["running_batch_size"]:
+                time.sleep(0.001)
+            closers = [threading.Thread(target=engine.shutdown) for _ in range(3)]
+            for thread in closers:
+                thread.start()
+            for thread in closers:
+                thread.join()
+
+        prompts = [prompt_of(100, i) for i in range(16)]
+        errors = calls_until(shut_down_when_running, engine, long_calls(engine, input_ids=prompts))
+        assert len(errors) == 3
+        for error in errors:
+            assert isinstance(error, RuntimeError)
+            assert "shut down" in str(error)
+
+    before = held()
+    run()
+    assert held() == before
+
+
+def test_an_engine_that_nobody_holds_gives_its_memory_back():
+    before = held()
+    engine = start()
+    ask(engine)
+    list(engine.generate("The fox", greedy(4), stream=True, return_logprob=True))
+    del engine
+    for _ in range(100):
+        if held() == before:
+            break
+        time.sleep(0.01)
+    assert held() == before
+
+
+def test_an_exception_on_the_engine_thread_reaches_every_caller(caplog):
+    before = held()
+    engine = start()
+    cause = OSError("the device is on fire")
+    launch = engine._runner.launch
+    steps = []
+
+    def failing_launch(plan):
+        steps.append(plan)
+        if len(steps) == 20:
+            raise cause
+        return launch(plan)
+
+    engine._runner.launch = failing_launch
+    calls = long_calls(engine, input_ids=prompt_of(20)) + long_calls(
+        engine, prompt="many samples", sampling_params=greedy(150) | {"n": 3}
+    )
+    errors = calls_until(lambda: None, engine, calls * 3)
+    assert len(errors) == 18
+    for error in errors:
+        assert isinstance(error, RuntimeError)
+        assert error.__cause__ is cause
+    for later in (lambda: engine.generate("x"), engine.flush_cache, engine.get_server_info):
+        with pytest.raises(RuntimeError, match="on fire") as failure:
+            later()
+        assert failure.value.__cause__ is cause
+    assert held()[1] == before[1]
+    assert "on fire" in caplog.text
+    engine.shutdown()
+    with start() as another:
+        assert ask(another) == CASE["greedy_ids"][:8]
+        check_idle(another)
+
+
+def test_a_tokenizer_is_where_programs_look_for_it():
+    with start() as engine:
+        tokenizer = engine.tokenizer_manager.tokenizer
+        assert tokenizer.decode(tokenizer.encode("The fox", add_special_tokens=False)) == "The fox"
+        assert engine.tokenizer_manager.server_args.tokenizer_path == str(TOKENIZER)
+        assert engine.tokenizer_manager.model_config.vocab_size == 384
