@@ -93,5 +93,7 @@ class RequestFactory:
             with self._lock:
                 seed = self._seeds.getrandbits(32)
         else:
-            seed = (params.sampling_seed ^ (params.sampling_seed >> 32)) & 0xFFFFFFFF
+            # The high half is spread before it is folded in: -1 must not be the same seed as 0.
+            high = (params.sampling_seed >> 32) & 0xFFFFFFFF
+            seed = (params.sampling_seed ^ (high * 0x9E3779B1)) & 0xFFFFFFFF
         return seed - (1 << 32) if seed >= 1 << 31 else seed
