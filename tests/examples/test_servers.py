@@ -1,5 +1,6 @@
 """The server examples serve, stream, refuse bad requests in words, and their clients work."""
 
+import itertools
 import json
 import re
 import urllib.error
@@ -25,7 +26,7 @@ def check_generate_and_stream(port):
     with post(port, "/generate_stream", body) as response:
         texts = [json.loads(line)["text"] for line in response]
     assert texts[-1] == whole["text"]
-    assert all(after.startswith(before) for before, after in zip(texts, texts[1:]))
+    assert all(after.startswith(before) for before, after in itertools.pairwise(texts))
     for path in ("/generate", "/generate_stream"):
         with pytest.raises(urllib.error.HTTPError) as refused:
             post(port, path, {"prompt": "x", "sampling_params": {"temperature": -1}})
