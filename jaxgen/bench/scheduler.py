@@ -83,6 +83,9 @@ class Silent:
     def update(self, request: Request) -> None:
         pass
 
+    def fail(self, error: BaseException) -> None:
+        pass
+
 
 def run(args: argparse.Namespace) -> int:
     """Runs the benchmark; returns the exit status."""
