@@ -95,7 +95,8 @@ def run(args: argparse.Namespace) -> int:
         "iterations": args.iterations,
         "page size": args.page_size,
     }
-    record = report.header("scheduler", settings, with_device=False)
+    record = report.header("scheduler", settings)
+    print()
     # Room for the iterations asked for and for those before the last prompt was admitted.
     new_tokens = args.iterations + WARM_UP + args.requests + 8
     context = args.input_len + args.requests + new_tokens + 8

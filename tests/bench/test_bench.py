@@ -39,7 +39,7 @@ def bench(*args: str) -> tuple[dict, str]:
     assert record["bench"] == args[0]
     assert record["command"].startswith(f"jaxgen bench {args[0]} ")
     assert set(record["versions"]) == {"jaxgen", "jax", "jaxlib", "python"}
-    assert record["device"]["host_cores"] >= 1
+    assert record["host"]["cores"] >= 1
     return record, done.stdout
 
 
