@@ -29,6 +29,7 @@ def run(args: argparse.Namespace) -> int:
     record = report.header("cpu", settings)
     with contextlib.ExitStack() as stack:
         engine = stack.enter_context(_engine(args))
+        record["device"] = report.device()
         hf = stack.enter_context(_hugging_face(args)) if args.compare_hf else None
         rows = [_measure(args, engine, hf, size) for size in args.batch_sizes]
     if hf is None:

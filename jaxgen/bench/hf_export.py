@@ -27,7 +27,7 @@ def export(model_path: str, out: str | Path) -> None:
     checkpoint = open_checkpoint(model_path)
     config = ModelConfig.from_hf(checkpoint.config, checkpoint.generation_config)
     mesh = make_mesh(1, jax.local_devices(backend="cpu")[:1])
-    params = abstract_params(nnx.eval_shape(lambda: build_model(config, jnp.float32)), mesh)
+    params = abstract_params(nnx.eval_shape(lambda: build_model(config, jnp.dtype("float32"))), mesh)
     table = ARCHITECTURES[config.architecture].weight_table(config)
     arrays = checkpoint.load(params, table, lambda _: None)
     tensors: dict[str, np.ndarray] = {}

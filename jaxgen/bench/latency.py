@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from typing import Any
 
 from jaxgen.bench import report, shapes
@@ -24,9 +25,11 @@ def run(args: argparse.Namespace) -> int:
         cuda_graph_bs_decode=sorted(set(args.batch_sizes)),
         chunked_prefill_size=min(round_up(largest * args.input_len, 128), MOST_PREFILL_TOKENS),
     ) as engine:
-        costs, rates = shapes.floors(engine)
-        rows = [_measure(args, engine, costs, rates, size) for size in args.batch_sizes]
-    print(shapes.rates_line(rates))
+        record["device"] = report.device()
+        seconds = [_measure(args, engine, size) for size in args.batch_sizes]
+        server_args = engine.server_args
+    costs, rates = shapes.floors(server_args)
+    rows = [_row(args, costs, rates, *measured) for measured in zip(args.batch_sizes, seconds)]
     report.table(
         [
             "batch",
@@ -52,22 +55,26 @@ def run(args: argparse.Namespace) -> int:
             for row in rows
         ],
     )
-    return report.finish(record | {"rates": shapes.rates_record(rates), "results": rows})
+    return report.finish(record | {"rates": dataclasses.asdict(rates), "results": rows})
 
 
-def _measure(
-    args: argparse.Namespace, engine: Engine, costs: ModelCosts, rates: Rates, size: int
-) -> dict[str, Any]:
+def _measure(args: argparse.Namespace, engine: Engine, size: int) -> dict[str, float]:
+    """Median seconds of a batch: to its first tokens (`prefill`) and to its last ones (`all`)."""
     vocab_size = engine.tokenizer_manager.model_config.vocab_size
     prompts = random_prompts([args.input_len] * size, vocab_size)
     generate_seconds(engine, prompts, args.output_len)
-    seconds = medians(
+    return medians(
         {
             "prefill": lambda: generate_seconds(engine, prompts, 1),
             "all": lambda: generate_seconds(engine, prompts, args.output_len),
         },
         args.repeats,
     )
+
+
+def _row(
+    args: argparse.Namespace, costs: ModelCosts, rates: Rates, size: int, seconds: dict[str, float]
+) -> dict[str, Any]:
     # The first token comes out of the prefill, each of the others out of a decode step.
     steps = args.output_len - 1
     step = (seconds["all"] - seconds["prefill"]) / steps

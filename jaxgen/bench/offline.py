@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 
 import numpy as np
 
@@ -29,10 +30,12 @@ def run(args: argparse.Namespace) -> int:
         max_running_requests=lanes,
         cuda_graph_max_bs_decode=lanes,
     ) as engine:
-        costs, rates = shapes.floors(engine)
+        record["device"] = report.device()
         prompts = random_prompts(inputs, engine.tokenizer_manager.model_config.vocab_size)
         generate_seconds(engine, prompts, outputs)
         seconds = medians({"all": lambda: generate_seconds(engine, prompts, outputs)}, args.repeats)["all"]
+        server_args = engine.server_args
+    costs, rates = shapes.floors(server_args)
     floor = _floor(costs, rates, inputs, outputs, lanes, args.tp_size)
     row = {
         "prompts": args.num_prompts,
@@ -45,7 +48,6 @@ def run(args: argparse.Namespace) -> int:
         "total_tokens_per_s": (sum(inputs) + sum(outputs)) / seconds,
         "prompts_per_s": args.num_prompts / seconds,
     }
-    print(shapes.rates_line(rates))
     report.table(
         ["prompts", "in", "out", "seconds", "floor s", "of floor", "output tok/s", "total tok/s"],
         [
@@ -61,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
             ]
         ],
     )
-    return report.finish(record | {"rates": shapes.rates_record(rates), "results": [row]})
+    return report.finish(record | {"rates": dataclasses.asdict(rates), "results": [row]})
 
 
 def _lengths(rng: np.random.Generator, most: int, ratio: float, count: int) -> list[int]:

@@ -14,21 +14,9 @@ from typing import Any
 Cell = str | int | float | None
 
 
-def device() -> dict[str, Any]:
-    """Platform, kind and number of the default devices, and the host's processor. Starts the backend."""
-    import jax
-
-    devices = jax.devices()
-    return {
-        "platform": devices[0].platform,
-        "kind": devices[0].device_kind,
-        "count": len(devices),
-    } | host()
-
-
 def host() -> dict[str, Any]:
-    """The host's processor and the cores this process may use."""
-    return {"host_cpu": _processor(), "host_cores": len(os.sched_getaffinity(0))}
+    """The host's processor and the number of cores this process may use."""
+    return {"cpu": _processor(), "cores": len(os.sched_getaffinity(0))}
 
 
 def versions() -> dict[str, str]:
@@ -51,20 +39,37 @@ def command() -> str:
     return shlex.join(["jaxgen", *sys.argv[1:]])
 
 
-def header(name: str, settings: Mapping[str, Any], *, with_device: bool = True) -> dict[str, Any]:
-    """Prints where and how this benchmark runs; returns the same as the start of its JSON record.
-
-    with_device: False for a benchmark that must not start a backend in this process.
-    """
-    record: dict[str, Any] = {"bench": name, "command": command(), "versions": versions()}
+def header(name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Prints what runs and how; returns the same as the start of the JSON record. Starts no backend."""
+    record: dict[str, Any] = {
+        "bench": name,
+        "command": command(),
+        "versions": versions(),
+        "host": host(),
+        "settings": dict(settings),
+    }
     print(f"$ {record['command']}")
-    where = record["device"] = device() if with_device else host()
-    gpus = f"{where['count']} x {where['kind']}, " if where.get("platform", "cpu") != "cpu" else ""
-    print(f"device    {gpus}host {where['host_cpu']}, {where['host_cores']} cores")
     print("versions  " + ", ".join(f"{name} {version}" for name, version in record["versions"].items()))
-    print("settings  " + ", ".join(f"{key} {_text(value)}" for key, value in settings.items()))
-    print(flush=True)
-    return record | {"settings": dict(settings)}
+    print(f"host      {record['host']['cpu']}, {record['host']['cores']} cores")
+    print("settings  " + ", ".join(f"{key} {_text(value)}" for key, value in settings.items()), flush=True)
+    return record
+
+
+def device() -> dict[str, Any]:
+    """Prints and returns platform, kind and number of the devices.
+
+    Starts the backend if nothing has: call it once the engine is up, which settles the backend's options.
+    """
+    import jax
+
+    devices = jax.devices()
+    found = {"platform": devices[0].platform, "kind": devices[0].device_kind, "count": len(devices)}
+    device_line(found)
+    return found
+
+
+def device_line(found: Mapping[str, Any]) -> None:
+    print(f"device    {found['count']} x {found['kind']} ({found['platform']})\n", flush=True)
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[Cell]]) -> None:

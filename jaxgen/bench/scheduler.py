@@ -77,6 +77,16 @@ class FakeRunner:
         pack_prefill(plan, self._mirror, fresh, PREFILL_TOKENS, PREFILL_ROWS, GREEDY)
 
 
+class Silent:
+    """A sink that is told of every token, as a caller that does not stream is, and does nothing."""
+
+    def update(self, request: Request) -> None:
+        pass
+
+    def fail(self, error: BaseException) -> None:
+        pass
+
+
 def run(args: argparse.Namespace) -> int:
     """Runs the benchmark; returns the exit status."""
     settings = {
@@ -85,12 +95,14 @@ def run(args: argparse.Namespace) -> int:
         "iterations": args.iterations,
         "page size": args.page_size,
     }
-    record = report.header("scheduler", settings, with_device=False)
+    record = report.header("scheduler", settings)
+    print()
     # Room for the iterations asked for and for those before the last prompt was admitted.
     new_tokens = args.iterations + WARM_UP + args.requests + 8
     context = args.input_len + args.requests + new_tokens + 8
     config = SchedulerConfig(
-        num_pages=args.requests * -(-context // args.page_size),
+        # Admission reserves room for all of a request's output, and a page.
+        num_pages=args.requests * (2 - -context // args.page_size),
         page_size=args.page_size,
         max_rows=args.requests,
         context_length=context,
@@ -103,8 +115,8 @@ def run(args: argparse.Namespace) -> int:
     try:
         loop.submit(_requests(args.requests, args.input_len, args.page_size, new_tokens))
         while not runner.done.wait(0.1):
-            if not loop.alive:
-                raise RuntimeError("The engine loop stopped") from loop.error
+            if not loop.alive or not loop.call(lambda: loop.scheduler.has_unfinished):
+                raise RuntimeError("The engine loop stopped early") from loop.error
     finally:
         loop.stop()
     periods = np.diff(runner.launches)[WARM_UP:]
@@ -133,6 +145,7 @@ def _requests(count: int, input_len: int, page_size: int, new_tokens: int) -> li
             params=params,
             vocab_size=VOCAB_SIZE,
             max_new_tokens=new_tokens,
+            sink=Silent(),
         )
         for i in range(count)
     ]

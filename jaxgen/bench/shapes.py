@@ -9,6 +9,7 @@ from jaxgen.bench.costs import ModelCosts, Rates
 from jaxgen.checkpoint import open_checkpoint
 from jaxgen.engine import Engine
 from jaxgen.engine_config import kv_dtype_of, model_config_of, param_dtype_of, pick_mesh, platform_of
+from jaxgen.server_args import ServerArgs
 
 
 def settings(args: argparse.Namespace) -> dict[str, Any]:
@@ -38,21 +39,17 @@ def make_engine(args: argparse.Namespace, **options: Any) -> Engine:
     return Engine(**(common | options | args.engine_options))
 
 
-def floors(engine: Engine) -> tuple[ModelCosts, Rates]:
-    """The engine's model in bytes and operations, and the measured rates of the device."""
-    args = engine.server_args
+def floors(args: ServerArgs) -> tuple[ModelCosts, Rates]:
+    """The model of an engine's resolved arguments in bytes and operations, and the measured rates of the device.
+
+    To be called after the engine's end: the measurement needs memory that the engine would hold.
+    """
     checkpoint = open_checkpoint(args.model_path, args.load_format)
     model = model_config_of(args, checkpoint.config, checkpoint.generation_config)
     dtype = param_dtype_of(args, model, platform_of(pick_mesh(args)))
-    return ModelCosts.of(model, dtype, kv_dtype_of(args, dtype)), Rates.measure(dtype)
-
-
-def rates_line(rates: Rates) -> str:
-    return (
+    rates = Rates.measure(dtype)
+    print(
         f"measured  reads {rates.read_bytes_per_s / 1e9:,.1f} GB/s, "
         f"multiplies {rates.matrix_flops / 1e9:,.1f} GFLOP/s\n"
     )
-
-
-def rates_record(rates: Rates) -> dict[str, float]:
-    return {"read_bytes_per_s": rates.read_bytes_per_s, "matrix_flops": rates.matrix_flops}
+    return ModelCosts.of(model, dtype, kv_dtype_of(args, dtype)), rates

@@ -20,7 +20,7 @@ from jaxgen.bench import report
 def run(args: argparse.Namespace) -> int:
     """Runs the benchmark; returns the exit status."""
     settings = {"model": args.model_path, "repeats": args.repeats, "engine": json.dumps(args.engine_options)}
-    record = report.header("startup", settings, with_device=False)
+    record = report.header("startup", settings)
     cold, warm = [], []
     for _ in range(args.repeats):
         with tempfile.TemporaryDirectory(prefix="jaxgen-bench-cache-") as cache:
@@ -30,6 +30,7 @@ def run(args: argparse.Namespace) -> int:
     columns = {name: _median(runs) for name, runs in (("cold", cold), ("warm", warm))}
     ratio = columns["warm"]["total"] / columns["cold"]["total"]
     record["device"] = cold[0]["device"]
+    report.device_line(record["device"])
     report.table(
         ["phase", "cold s", "warm s"],
         [[phase, columns["cold"][phase], columns["warm"][phase]] for phase in phases],
