@@ -14,7 +14,6 @@ from jaxgen.outputs import Emitted, LogprobData, RequestSnapshot, make_output
 from jaxgen.scheduling.request import Request
 from jaxgen.tokenizer import TextStream
 
-
 State = tuple[int, str | None, dict[str, Any] | None, int]
 
 
