@@ -1,0 +1,91 @@
+"""The engine on a real GPU: the greedy path against Hugging Face, in float32 and in bfloat16."""
+
+import json
+import os
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from jaxgen import Engine
+
+pytestmark = pytest.mark.gpu
+GOLDEN = Path(__file__).parent.parent / "golden"
+FAMILIES = ("llama2", "llama3", "qwen2", "qwen3", "mistral")
+GREEDY = {"temperature": 0.0, "max_new_tokens": 32, "ignore_eos": True}
+
+
+def start(path, dtype: str, **options) -> Engine:
+    return Engine(
+        model_path=str(path),
+        skip_tokenizer_init=True,
+        dtype=dtype,
+        device="cuda",
+        max_running_requests=8,
+        chunked_prefill_size=128,
+        cuda_graph_bs_decode=[8],
+        cuda_graph_bs_prefill=[128],
+        max_total_tokens=4096,
+        **options,
+    )
+
+
+def input_logprobs(output: dict) -> np.ndarray:
+    return np.array([value for value, *_ in output["meta_info"]["input_token_logprobs"][1:]])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_tiny_checkpoints_give_hugging_faces_tokens_in_float32(family):
+    cases = json.loads((GOLDEN / family / "expected.json").read_text(encoding="utf-8"))["cases"]
+    with start(GOLDEN / family, "float32") as engine:
+        outputs = engine.generate(
+            input_ids=[case["prompt_ids"] for case in cases],
+            sampling_params=GREEDY,
+            return_logprob=True,
+            logprob_start_len=0,
+        )
+    for case, output in zip(cases, outputs):
+        assert output["output_ids"] == case["greedy_ids"]
+        found = input_logprobs(output)
+        np.testing.assert_allclose(found, case["prompt_logprobs"][-len(found) :], atol=1e-3)
+
+
+@pytest.mark.real_model
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_real_model_agrees_with_hugging_face_in_float32(dtype):
+    path = os.environ.get("JAXGEN_TEST_GGUF")
+    if path is None:
+        from jaxgen.checkpoint.demo import demo_model_path
+
+        path = demo_model_path()
+    cases = json.loads((GOLDEN / "smollm2" / "golden.json").read_text(encoding="utf-8"))
+    exact = dtype == "float32"
+    with start(path, dtype, context_length=512) as engine:
+        outputs = engine.generate(input_ids=[c["input_ids"] for c in cases], sampling_params=GREEDY)
+        scored = engine.generate(
+            input_ids=[c["input_ids"] + c["output_ids"] for c in cases],
+            sampling_params={"temperature": 0.0, "max_new_tokens": 0},
+            return_logprob=True,
+            logprob_start_len=0,
+            top_logprobs_num=1,
+        )
+    if exact:
+        assert [o["output_ids"] for o in outputs] == [c["output_ids"] for c in cases]
+    agree, errors = [], []
+    for case, output in zip(cases, scored):
+        meta, start_of_output = output["meta_info"], len(case["input_ids"])
+        errors.append(input_logprobs(output) - (case["input_logprobs"] + case["output_logprobs"]))
+        top = meta["input_top_logprobs"][start_of_output:]
+        agree += [entry[0][1] == token for entry, token in zip(top, case["output_ids"])]
+    error = np.abs(np.concatenate(errors))
+    assert np.mean(agree) >= (1.0 if exact else 0.95)
+    assert error.max() < 5e-3 if exact else error.mean() < 0.04
+
+
+def test_shutdown_returns_the_device_memory():
+    baseline = len(jax.live_arrays())
+    engine = start(GOLDEN / "llama3", "bfloat16")
+    engine.generate(input_ids=[[5, 6, 7]], sampling_params=GREEDY)
+    engine.shutdown()
+    assert len(jax.live_arrays()) == baseline
