@@ -101,8 +101,8 @@ class Engine:
 
     def _start(self, args: ServerArgs) -> None:
         report = self.startup_report
+        set_log_level(args.log_level)  # first, so that warnings about the options obey it
         args.validate()
-        set_log_level(args.log_level)
         if args.gc_threshold is not None:
             gc.set_threshold(*args.gc_threshold)
         with report.phase("start backend"):

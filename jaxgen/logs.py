@@ -11,6 +11,8 @@ from collections.abc import Iterator
 def set_log_level(level: str) -> None:
     """Sets the level of logger "jaxgen"; gives it a stderr handler if nothing would show its records."""
     logger = logging.getLogger("jaxgen")
+    if not isinstance(level, str) or level.upper() not in logging.getLevelNamesMapping():
+        raise ValueError(f"log_level must be the name of a level of logging, got {level!r}")
     logger.setLevel(level.upper())
     if level.upper() in ("DEBUG", "INFO") and not logger.hasHandlers():
         handler = logging.StreamHandler(sys.stderr)

@@ -65,6 +65,7 @@ BAD_OPTIONS = {
     "no tokenizer": {"tokenizer_path": None},
     "more devices than there are": {"tp_size": 64},
     "page size": {"page_size": 7},
+    "log level": {"log_level": "loud"},
 }
 
 
