@@ -15,6 +15,8 @@ from jaxgen.server_args import ServerArgs
 from jaxgen.server_args_defaults import request_limits
 from jaxgen.tokenizer import TextStream, TokenDecoder, eos_token_ids
 
+DETERMINISTIC_SEED = 42  # of requests without a seed under enable_deterministic_inference
+
 
 class RequestFactory:
     """What every request of one engine has in common.
@@ -56,7 +58,7 @@ class RequestFactory:
             eos_ids=frozenset() if params.ignore_eos else stops,
             eos_id=min(self.eos_ids, default=0),
             masked_ids=stops if params.min_new_tokens > 0 else frozenset(),
-            seed=self._seed(params),
+            seed=self._seed(spec),
             priority=spec.priority,
             namespace=spec.namespace,
             return_logprob=spec.return_logprob,
@@ -87,13 +89,15 @@ class RequestFactory:
     def token_text(self, token: int) -> str:
         return self.tokenizer.decode([token])
 
-    def _seed(self, params: SamplingParams) -> int:
+    def _seed(self, spec: RequestInput) -> int:
         """A signed 32-bit seed: the request's own, folded, or the next of the engine's sequence."""
-        if params.sampling_seed is None:
+        seed = spec.params.sampling_seed
+        if seed is None and self.args.enable_deterministic_inference:
+            seed = DETERMINISTIC_SEED + spec.sample
+        if seed is None:
             with self._lock:
                 seed = self._seeds.getrandbits(32)
         else:
             # The high half is spread before it is folded in: -1 must not be the same seed as 0.
-            high = (params.sampling_seed >> 32) & 0xFFFFFFFF
-            seed = (params.sampling_seed ^ (high * 0x9E3779B1)) & 0xFFFFFFFF
+            seed = (seed ^ (((seed >> 32) & 0xFFFFFFFF) * 0x9E3779B1)) & 0xFFFFFFFF
         return seed - (1 << 32) if seed >= 1 << 31 else seed

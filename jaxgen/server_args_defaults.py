@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 from jaxgen.server_args import ServerArgs
 from jaxgen.server_args_checks import CACHE_AWARE_POLICIES
 
 GIB = 1024  # MiB
+# Prefill step of deterministic mode: every prompt pays for the whole step, so it is kept small.
+DETERMINISTIC_CHUNK = 1024
 
 
 def default_page_size(platform: str) -> int:
@@ -49,6 +52,24 @@ def request_limits(context_length: int, pool_tokens: int) -> tuple[int, int]:
     return max_req_len, max_req_len - 5
 
 
+def single_shapes(args: ServerArgs, chunk: int, max_decode: int) -> dict[str, Any]:
+    """Changes to `args` that leave one compiled shape for prefill and one for decode.
+
+    A matrix product may sum in another order at another shape, so results that must not depend on the company
+    a request keeps need a shape that does not either.
+    """
+    chunk = min(chunk, DETERMINISTIC_CHUNK)
+    lanes = args.max_running_requests or max_decode
+    return {
+        "enable_mixed_chunk": False,
+        "chunked_prefill_size": chunk,
+        "cuda_graph_bs_prefill": [chunk if chunk > 0 else args.max_prefill_tokens],
+        "cuda_graph_max_bs_prefill": None,
+        "cuda_graph_bs_decode": [lanes],
+        "cuda_graph_max_bs_decode": lanes,
+    }
+
+
 def resolve(args: ServerArgs, platform: str, memory_mib: int | None = None) -> ServerArgs:
     """Validate, then fill in every default that needs no device: `platform` is "cpu" or "gpu".
 
@@ -78,11 +99,13 @@ def resolve(args: ServerArgs, platform: str, memory_mib: int | None = None) -> S
     policy = args.schedule_policy
     if args.disable_radix_cache and policy in CACHE_AWARE_POLICIES:
         policy = "fcfs"
+    shapes: dict[str, Any] = {"chunked_prefill_size": chunk, "cuda_graph_max_bs_decode": max_decode}
+    if args.enable_deterministic_inference:
+        shapes = single_shapes(args, chunk, max_decode)
     return dataclasses.replace(
         args,
+        **shapes,
         page_size=page_size,
-        chunked_prefill_size=chunk,
-        cuda_graph_max_bs_decode=max_decode,
         schedule_policy=policy,
         tokenizer_path=args.tokenizer_path or args.model_path,
         served_model_name=args.served_model_name or args.model_path,

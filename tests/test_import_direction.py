@@ -16,7 +16,7 @@ ALLOWED = {
     "scheduling": {"sampling_params"},
     "layers": set(),
     "models": {"layers"},
-    "checkpoint": {"models", "__init__"},
+    "checkpoint": {"models", "logs", "__init__"},
     "execution": {"models", "layers", "checkpoint", "sharding", "scheduling", "startup"},
 }
 # Modules without JAX, which anybody may import, and which import only each other.
