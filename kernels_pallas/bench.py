@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kernels_pallas import paged_decode, ragged_prefill
+from kernels_pallas import paged_decode, ragged_prefill, sample
 
 L2_BYTES = 64 << 20
 
@@ -231,7 +231,55 @@ def bench_prefill(repeats: int, rates: dict) -> list[dict]:
     return rows
 
 
-BENCHES: dict[str, Callable[[int, dict], list[dict]]] = {"decode": bench_decode, "prefill": bench_prefill}
+SAMPLE_CASES = (  # name, lanes, vocabulary, temperature, top_k, top_p, min_p
+    ("greedy, 256 x 151936", 256, 151_936, 0.0, 2**30, 1.0, 0.0),
+    ("temperature 1, 256 x 151936", 256, 151_936, 1.0, 2**30, 1.0, 0.0),
+    ("top-p 0.95, 256 x 151936", 256, 151_936, 1.0, 2**30, 0.95, 0.0),
+    ("top-k 50, top-p 0.9, 256 x 151936", 256, 151_936, 1.0, 50, 0.9, 0.0),
+    ("top-p 0.95, 256 x 151936, flat", 256, 151_936, 8.0, 2**30, 0.95, 0.0),
+    ("greedy, 1 x 151936", 1, 151_936, 0.0, 2**30, 1.0, 0.0),
+    ("top-p 0.95, 1 x 151936", 1, 151_936, 1.0, 2**30, 0.95, 0.0),
+)
+
+
+def bench_sample(repeats: int, rates: dict) -> list[dict]:
+    """The floor is one read of the logits."""
+    rows = []
+    for name, lanes, vocab_size, *options in SAMPLE_CASES:
+        sets = max(1, -(-2 * L2_BYTES // (lanes * vocab_size * 4)))
+        logits = [
+            3.0 * jax.random.normal(jax.random.key(i), (lanes, vocab_size), jnp.float32) for i in range(sets)
+        ]
+        dtypes = (jnp.float32, jnp.int32, jnp.float32, jnp.float32)
+        values = [jnp.full((lanes,), value, dtype) for value, dtype in zip(options, dtypes, strict=True)]
+        calls = max(sets, 8)
+
+        def chain(seeds, *operands, sets=sets, calls=calls, values=values):
+            positions = seeds
+            for i in range(calls):
+                positions = sample(operands[i % sets], *values, seeds, positions)
+            return positions
+
+        operands = (jnp.arange(lanes, dtype=jnp.int32), *logits)
+        seconds = seconds_per_call(chain, operands, calls, repeats)
+        floor = lanes * vocab_size * 4 / rates["read_bytes_per_s"]
+        rows.append(
+            {
+                "op": "sample",
+                "case": name,
+                "us": seconds * 1e6,
+                "floor_us": floor * 1e6,
+                "of_floor": floor / seconds,
+            }
+        )
+    return rows
+
+
+BENCHES: dict[str, Callable[[int, dict], list[dict]]] = {
+    "decode": bench_decode,
+    "prefill": bench_prefill,
+    "sample": bench_sample,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
