@@ -7,6 +7,7 @@ with everything is printed last.
 """
 
 import argparse
+import functools
 import json
 import statistics
 import time
@@ -17,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kernels_pallas import paged_decode
+from kernels_pallas import paged_decode, ragged_prefill, sample
 
 L2_BYTES = 64 << 20
 
@@ -138,7 +139,147 @@ def bench_decode(repeats: int, rates: dict) -> list[dict]:
     return rows
 
 
-BENCHES: dict[str, Callable[[int, dict], list[dict]]] = {"decode": bench_decode}
+@dataclass(frozen=True)
+class PrefillCase:
+    """Rows of (new tokens, cached tokens); N query heads, K kv heads, head dim H, page size S."""
+
+    name: str
+    rows: tuple[tuple[int, int], ...]
+    num_heads: int = 32
+    num_kv_heads: int = 8
+    head_dim: int = 128
+    page_size: int = 64
+
+    @property
+    def flops(self) -> float:
+        """Multiply-adds of the visible (query, key) pairs, two products, counted as two operations each."""
+        pairs = sum(new * cached + new * (new + 1) / 2 for new, cached in self.rows)
+        return 4 * pairs * self.num_heads * self.head_dim
+
+
+PREFILL_CASES = (
+    PrefillCase("1 x 8192", ((8192, 0),)),
+    PrefillCase("4096 after 4096 cached", ((4096, 4096),)),
+    PrefillCase("16 x 512", ((512, 0),) * 16),
+    PrefillCase("1 x 8192, pages of 16", ((8192, 0),), page_size=16),
+    PrefillCase("1 x 8192, 14/2 x 64", ((8192, 0),), 14, 2, 64),
+    PrefillCase("64 rows of 1 after 2048, 1 x 2048", ((1, 2048),) * 64 + ((2048, 0),)),
+)
+
+
+def prefill_inputs(case: PrefillCase) -> list[jax.Array]:
+    """Operands of `ragged_prefill`, the pages permuted."""
+    counts = [-(-(new + cached) // case.page_size) for new, cached in case.rows]
+    order = np.random.default_rng(1).permutation(sum(counts)).astype(np.int32)
+    table = np.zeros((len(counts), max(counts)), np.int32)
+    for row, count in enumerate(counts):
+        table[row, :count], order = order[:count], order[count:]
+    cu_seqlens = np.concatenate([[0], np.cumsum([new for new, _ in case.rows])]).astype(np.int32)
+    lengths = np.asarray([new + cached for new, cached in case.rows], np.int32)
+    keys = jax.random.split(jax.random.key(0), 3)
+    q = jax.random.normal(keys[0], (int(cu_seqlens[-1]), case.num_heads, case.head_dim), jnp.bfloat16)
+    pages = (sum(counts), case.num_kv_heads, case.page_size, case.head_dim)
+    k, v = (jax.random.normal(key, pages, jnp.bfloat16) for key in keys[1:])
+    return [q, k, v, *map(jnp.asarray, (table, cu_seqlens, lengths))]
+
+
+def time_prefill(case: PrefillCase, attend: Callable, repeats: int, calls: int = 8) -> float:
+    """Seconds of one call of `attend(q, k_pages, v_pages, page_table, cu_seqlens, lengths)`."""
+
+    def chain(q, *operands):
+        for _ in range(calls):
+            q = attend(q, *operands)
+        return q
+
+    return seconds_per_call(chain, prefill_inputs(case), calls, repeats)
+
+
+def time_cudnn(case: PrefillCase, repeats: int, calls: int = 8) -> float:
+    """Seconds of cuDNN's dense causal attention over rows of equal length and no cached prefix."""
+    tokens = case.rows[0][0]
+    shape = (len(case.rows), tokens, case.num_kv_heads, case.head_dim)
+    keys = jax.random.split(jax.random.key(0), 3)
+    q = jax.random.normal(keys[0], (*shape[:2], case.num_heads, case.head_dim), jnp.bfloat16)
+    k, v = (jax.random.normal(key, shape, jnp.bfloat16) for key in keys[1:])
+
+    def chain(q, k, v):
+        for _ in range(calls):
+            q = jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
+        return q
+
+    return seconds_per_call(chain, (q, k, v), calls, repeats)
+
+
+def bench_prefill(repeats: int, rates: dict) -> list[dict]:
+    rows = []
+    for case in PREFILL_CASES:
+        timings = {"ragged_prefill": functools.partial(time_prefill, case, ragged_prefill, repeats)}
+        if len(set(case.rows)) == 1 and case.rows[0][1] == 0 and case.page_size == 64:
+            timings["cuDNN dense"] = functools.partial(time_cudnn, case, repeats)
+        for op, timing in timings.items():
+            seconds, floor = timing(), case.flops / rates["matrix_flops"]
+            rows.append(
+                {
+                    "op": op,
+                    "case": case.name,
+                    "us": seconds * 1e6,
+                    "floor_us": floor * 1e6,
+                    "of_floor": floor / seconds,
+                    "tflops": case.flops / seconds / 1e12,
+                }
+            )
+    return rows
+
+
+SAMPLE_CASES = (  # name, lanes, vocabulary, temperature, top_k, top_p, min_p
+    ("greedy, 256 x 151936", 256, 151_936, 0.0, 2**30, 1.0, 0.0),
+    ("temperature 1, 256 x 151936", 256, 151_936, 1.0, 2**30, 1.0, 0.0),
+    ("top-p 0.95, 256 x 151936", 256, 151_936, 1.0, 2**30, 0.95, 0.0),
+    ("top-k 50, top-p 0.9, 256 x 151936", 256, 151_936, 1.0, 50, 0.9, 0.0),
+    ("top-p 0.95, 256 x 151936, flat", 256, 151_936, 8.0, 2**30, 0.95, 0.0),
+    ("greedy, 1 x 151936", 1, 151_936, 0.0, 2**30, 1.0, 0.0),
+    ("top-p 0.95, 1 x 151936", 1, 151_936, 1.0, 2**30, 0.95, 0.0),
+)
+
+
+def bench_sample(repeats: int, rates: dict) -> list[dict]:
+    """The floor is one read of the logits."""
+    rows = []
+    for name, lanes, vocab_size, *options in SAMPLE_CASES:
+        sets = max(1, -(-2 * L2_BYTES // (lanes * vocab_size * 4)))
+        logits = [
+            3.0 * jax.random.normal(jax.random.key(i), (lanes, vocab_size), jnp.float32) for i in range(sets)
+        ]
+        dtypes = (jnp.float32, jnp.int32, jnp.float32, jnp.float32)
+        values = [jnp.full((lanes,), value, dtype) for value, dtype in zip(options, dtypes, strict=True)]
+        calls = max(sets, 8)
+
+        def chain(seeds, *operands, sets=sets, calls=calls, values=values):
+            positions = seeds
+            for i in range(calls):
+                positions = sample(operands[i % sets], *values, seeds, positions)
+            return positions
+
+        operands = (jnp.arange(lanes, dtype=jnp.int32), *logits)
+        seconds = seconds_per_call(chain, operands, calls, repeats)
+        floor = lanes * vocab_size * 4 / rates["read_bytes_per_s"]
+        rows.append(
+            {
+                "op": "sample",
+                "case": name,
+                "us": seconds * 1e6,
+                "floor_us": floor * 1e6,
+                "of_floor": floor / seconds,
+            }
+        )
+    return rows
+
+
+BENCHES: dict[str, Callable[[int, dict], list[dict]]] = {
+    "decode": bench_decode,
+    "prefill": bench_prefill,
+    "sample": bench_sample,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -155,10 +296,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows = []
     for op in args.ops or BENCHES:
         for row in BENCHES[op](args.repeats, rates):
-            target = f"   target {row['target']:.0%}" if row.get("target") else ""
+            note = f"   target {row['target']:.0%}" if row.get("target") else ""
+            note += f"   {row['tflops']:.0f} TFLOP/s" if "tflops" in row else ""
             print(
                 f"{row['op']:15} {row['case']:40} {row['us']:9.1f} us   floor {row['floor_us']:9.1f} us"
-                f"   {row['of_floor']:6.1%}{target}",
+                f"   {row['of_floor']:6.1%}{note}",
                 flush=True,
             )
             rows.append(row)

@@ -11,7 +11,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas import decode_kernel, mosaic, prefill_kernel, reference
+from kernels_pallas import decode_kernel, mosaic, prefill_kernel, reference, sample_kernel
 
 Implementation = Literal["reference", "mosaic"]
 
@@ -169,6 +169,8 @@ def sample(
     min_p: jax.Array,
     seeds: jax.Array,
     positions: jax.Array,
+    *,
+    implementation: Implementation | None = None,
 ) -> jax.Array:
     """Draw one token per lane: temperature, top-k with top-p, min-p, then a seeded Gumbel draw; no sort.
 
@@ -183,9 +185,13 @@ def sample(
         top_p, min_p: [B] float32 in [0, 1]; 1 and 0 keep all.
         seeds: [B] int32 or uint32.
         positions: [B] int32.
+        implementation: as in `paged_decode`.
 
     Returns:
         [B] int32 token ids; -1 for a row that holds a NaN.
+
+    Raises:
+        ValueError: shapes that do not fit together, or a forced implementation that cannot run.
     """
     if logits.ndim != 2:
         raise ValueError(f"logits must be [B, V], got {logits.shape}")
@@ -200,7 +206,9 @@ def sample(
     for name, option in options.items():
         if option.shape != logits.shape[:1]:
             raise ValueError(f"{name} must be [B] = {logits.shape[:1]}, got {option.shape}")
-    return reference.sample(logits, temperature, top_k, top_p, min_p, seeds, positions)
+    kernel = _runs_kernel("sample", implementation, sample_kernel.unsupported(logits))
+    draw = sample_kernel.sample if kernel else reference.sample
+    return draw(logits, temperature, top_k, top_p, min_p, seeds, positions)
 
 
 def gumbel_noise(seeds: jax.Array, positions: jax.Array, vocab_size: int) -> jax.Array:

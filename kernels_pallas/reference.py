@@ -205,12 +205,12 @@ def _normalise(carry, sinks: jax.Array | None) -> jax.Array:
 
 def gumbel_noise(seeds: jax.Array, positions: jax.Array, vocab_size: int) -> jax.Array:
     """Standard Gumbel noise [B, V] float32. See `kernels_pallas.gumbel_noise`."""
-    row_keys = _row_keys(seeds, positions)
+    first, second = row_keys(seeds, positions)
     tokens = jnp.arange(vocab_size, dtype=jnp.uint32)
-    return gumbel_from_bits(hash_tokens(row_keys[0][:, None], row_keys[1][:, None], tokens[None, :]))
+    return gumbel_from_bits(hash_tokens(first[:, None], second[:, None], tokens[None, :]))
 
 
-def _row_keys(seeds: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+def row_keys(seeds: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Two 32-bit keys per lane; two, so that no two lanes see shifted copies of one noise sequence."""
     seed, position = seeds.astype(jnp.uint32), positions.astype(jnp.uint32)
     first = mix32(mix32(seed + jnp.uint32(0x9E3779B9)) ^ position)
