@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import statistics
+import time
 from typing import Any
 
 from jaxgen.bench import report, shapes
 from jaxgen.bench.costs import ModelCosts, Rates
-from jaxgen.bench.engines import generate_seconds, medians, random_prompts, round_up
+from jaxgen.bench.engines import Prompts, greedy, random_prompts, round_up
 from jaxgen.engine import Engine
 
 MOST_PREFILL_TOKENS = 8192
@@ -59,17 +61,24 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _measure(args: argparse.Namespace, engine: Engine, size: int) -> dict[str, float]:
-    """Median seconds of a batch: to its first tokens (`prefill`) and to its last ones (`all`)."""
+    """Median seconds of a batch: to the first token of all its prompts, and from there to the last."""
     vocab_size = engine.tokenizer_manager.model_config.vocab_size
     prompts = random_prompts([args.input_len] * size, vocab_size)
-    generate_seconds(engine, prompts, args.output_len)
-    return medians(
-        {
-            "prefill": lambda: generate_seconds(engine, prompts, 1),
-            "all": lambda: generate_seconds(engine, prompts, args.output_len),
-        },
-        args.repeats,
-    )
+    _run_batch(engine, prompts, args.output_len)
+    runs = [_run_batch(engine, prompts, args.output_len) for _ in range(args.repeats)]
+    return {name: statistics.median(run[name] for run in runs) for name in ("prefill", "decode")}
+
+
+def _run_batch(engine: Engine, prompts: Prompts, new_tokens: int) -> dict[str, float]:
+    # One chunk at the first token and one at the end: streaming costs next to nothing in between.
+    params = greedy(new_tokens) | {"stream_interval": new_tokens}
+    started = time.perf_counter()
+    first, seen = started, set()
+    for chunk in engine.generate(input_ids=prompts, sampling_params=params, stream=True):
+        if chunk["index"] not in seen:
+            seen.add(chunk["index"])
+            first = time.perf_counter()
+    return {"prefill": first - started, "decode": time.perf_counter() - first}
 
 
 def _row(
@@ -77,7 +86,7 @@ def _row(
 ) -> dict[str, Any]:
     # The first token comes out of the prefill, each of the others out of a decode step.
     steps = args.output_len - 1
-    step = (seconds["all"] - seconds["prefill"]) / steps
+    step = seconds["decode"] / steps
     floor = (
         sum(
             costs.decode_seconds([args.input_len + i] * size, rates, args.tp_size)
@@ -88,7 +97,7 @@ def _row(
     prefill_floor = costs.prefill_seconds([args.input_len] * size, rates, args.tp_size)
     return {
         "batch": size,
-        "seconds": seconds["all"],
+        "seconds": seconds["prefill"] + seconds["decode"],
         "prefill_ms": seconds["prefill"] * 1e3,
         "prefill_floor_ms": prefill_floor * 1e3,
         "prefill_tokens_per_s": size * args.input_len / seconds["prefill"],

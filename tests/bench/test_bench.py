@@ -62,7 +62,7 @@ def test_cpu_with_an_opponent(tmp_path):
 def test_latency():
     record, text = bench(
         "latency", "--model", str(LLAMA3), "--dtype", "float32", "--batch-sizes", "2", "--input-len", "16",
-        "--output-len", "3", "--repeats", "1", "--engine-options", SMALL,
+        "--output-len", "16", "--repeats", "1", "--engine-options", SMALL,
     )  # fmt: skip
     (row,) = record["results"]
     assert row["decode_step_ms"] > row["decode_floor_ms"] > 0
