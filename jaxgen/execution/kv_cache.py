@@ -72,8 +72,8 @@ def host_memory_bytes() -> int:
 
 
 def cpu_kv_budget() -> int:
-    """KV bytes on a CPU: an eighth of the machine's memory, 2 GiB at most, so that a laptop stays usable."""
-    return min(2048 * MIB, host_memory_bytes() // 8)
+    """KV bytes on a CPU: a sixteenth of the machine's memory, 1 GiB at most, so that a laptop stays usable."""
+    return min(1024 * MIB, host_memory_bytes() // 16)
 
 
 def gpu_kv_budget(*, limit: int, weights: int, lane_state: int, temp: int, fraction: float | None) -> int:
