@@ -2,10 +2,13 @@
 
 import asyncio
 import inspect
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from tiny_engine import CONTEXT, golden_cases, greedy, prompt_of, start
+
+from jaxgen import GenerateReqInput
 
 PROMPTS = ["The fox", "A quick brown dog", "x"]
 
@@ -191,3 +194,28 @@ def test_first_fourteen_parameters_are_positional(engine):
     assert len(meta["input_token_logprobs"]) == len(case["prompt_ids"])
     assert len(meta["output_top_logprobs"][0]) == 2
     assert [entry[1] for entry in meta["output_token_ids_logprobs"][0]] == [5, 6]
+
+
+def test_programs_that_reach_through_the_tokenizer_manager(engine):
+    """`generate_request` is an async generator whether or not the request streams."""
+    manager = engine.tokenizer_manager
+
+    async def run(**arguments):
+        request = GenerateReqInput(prompt="The fox", sampling_params=greedy(6), **arguments)
+        return [output async for output in manager.generate_request(request)]
+
+    (whole,) = asyncio.run(run())
+    *_, last = asyncio.run(run(stream=True))
+    assert whole["output_ids"] == last["output_ids"] == engine.generate("The fox", greedy(6))["output_ids"]
+
+    async def pause_and_continue():
+        await manager.pause_generation(SimpleNamespace(mode="in_place"))
+        task = asyncio.create_task(engine.async_generate("The fox", greedy(6)))
+        await asyncio.sleep(0.05)
+        assert engine.get_server_info()["internal_states"][0]["engine_paused"] and not task.done()
+        await manager.continue_generation()
+        return await task
+
+    assert asyncio.run(pause_and_continue())["output_ids"] == whole["output_ids"]
+    manager.abort_request(abort_all=True)
+    manager.abort_request("nobody")
