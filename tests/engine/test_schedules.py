@@ -7,6 +7,9 @@ import pytest
 from tiny_engine import GOLDEN, golden_cases, greedy, prompt_of
 from workload import assert_complete, assert_idle, assert_same, one_of, strict_engine, workload
 
+from jaxgen.execution.runner import Runner
+from jaxgen.execution.sampler import GREEDY, SAMPLE, Variant
+
 HIDDEN = {"enable_return_hidden_states": True}
 
 SCHEDULES = {
@@ -160,3 +163,31 @@ def test_one_row_reaches_the_context_length():
     with strict_engine(max_running_requests=1, cuda_graph_bs_decode=[1], max_total_tokens=512) as engine:
         result = engine.generate(input_ids=[5] * 10, sampling_params={**greedy(1), "max_new_tokens": None})
         assert result["meta_info"]["finish_reason"] == {"type": "length", "length": 255 - 10 - 1}
+
+
+def test_steps_that_do_only_what_the_batch_needs(reference, monkeypatch):
+    """What a GPU does: programs of their own for greedy and for plainly sampled batches."""
+    variants = (GREEDY, SAMPLE, Variant(sample=True, full=True, top_logprobs=20))
+    monkeypatch.setattr(Runner, "_startup_variants", lambda runner: variants)
+    with strict_engine(**HIDDEN) as engine:
+        for key in list(engine._runner._steps._steps):
+            engine._runner._run_empty(key)  # as start-up on a GPU does
+        used = []
+        choose = engine._runner._variant
+        monkeypatch.setattr(engine._runner, "_variant", lambda rows: used.append(choose(rows)) or used[-1])
+        check_against(reference, engine)
+        for i in (8, 2, 1, 0, 4, 3):  # rows change hands between programs
+            result = engine.generate(**{**one_of(workload(), i), "return_logprob": False})
+            assert result["output_ids"] == reference[i]["output_ids"]
+        assert set(used) == set(variants)
+        assert_idle(engine)
+
+
+def test_compiling_on_demand_gives_the_same(reference):
+    options = {"disable_cuda_graph": True, "strict_compile": False}
+    with strict_engine(**HIDDEN, **options) as engine:
+        results = engine.generate(**workload())
+        assert max(result["meta_info"]["cache_miss_count"] for result in results) > 0
+        for result, expected in zip(results, reference, strict=True):
+            assert_same(result, expected)
+        assert engine.generate(**one_of(workload(), 1))["meta_info"]["cache_miss_count"] == 0
