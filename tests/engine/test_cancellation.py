@@ -2,7 +2,9 @@
 
 import asyncio
 import gc
+import os
 import random
+import signal
 import threading
 import time
 
@@ -27,6 +29,16 @@ def wait_until_idle(engine, seconds=20.0):
         time.sleep(0.01)
     assert_idle(engine)
     assert not engine._active
+
+
+@pytest.fixture
+def steps(engine, monkeypatch):
+    """Counts device steps, each made to last at least 5 ms: a LONG request takes 230 of them."""
+    launch, launched = engine._runner.launch, []
+    monkeypatch.setattr(
+        engine._runner, "launch", lambda plan: time.sleep(0.005) or launched.append(plan) or launch(plan)
+    )
+    return launched
 
 
 def wait_until_running(engine):
@@ -136,7 +148,7 @@ def test_streaming_abort_ends_with_a_final_chunk(engine):
     wait_until_idle(engine)
 
 
-def test_closed_and_dropped_iterators_abort(engine):
+def test_closed_and_dropped_iterators_abort(engine, steps):
     for drop in (lambda it: it.close(), lambda it: None):
         stream = engine.generate(input_ids=[5] * 10, sampling_params=LONG, stream=True)
         next(stream)
@@ -144,6 +156,8 @@ def test_closed_and_dropped_iterators_abort(engine):
         del stream
         gc.collect()
         wait_until_idle(engine)
+        assert len(steps) < 150
+        steps.clear()
 
 
 def test_iterators_in_a_dropped_cycle_abort(engine):
@@ -158,7 +172,7 @@ def test_iterators_in_a_dropped_cycle_abort(engine):
     wait_until_idle(engine)
 
 
-def test_cancelled_tasks_and_closed_async_iterators_abort(engine):
+def test_cancelled_tasks_and_closed_async_iterators_abort(engine, steps):
     async def main():
         async def one(i):
             return await engine.async_generate(input_ids=prompt_of(9, i), sampling_params=LONG)
@@ -169,6 +183,9 @@ def test_cancelled_tasks_and_closed_async_iterators_abort(engine):
             task.cancel()
         results = await asyncio.gather(*tasks, return_exceptions=True)
         assert all(isinstance(result, asyncio.CancelledError) for result in results)
+        await asyncio.to_thread(wait_until_idle, engine)
+        assert len(steps) < 150
+        steps.clear()
 
         stream = await engine.async_generate(input_ids=prompt_of(9, 1), sampling_params=LONG, stream=True)
         async for _ in stream:
@@ -177,6 +194,18 @@ def test_cancelled_tasks_and_closed_async_iterators_abort(engine):
 
     asyncio.run(main())
     wait_until_idle(engine)
+    assert len(steps) < 150
+
+
+def test_an_interrupted_call_aborts_and_the_engine_goes_on(engine, steps):
+    """Ctrl-C on the main thread."""
+    timer = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT))
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        engine.generate(input_ids=[5] * 10, sampling_params=LONG)
+    wait_until_idle(engine)
+    assert len(steps) < 150
+    assert len(engine.generate(input_ids=[5], sampling_params=greedy(3))["output_ids"]) == 3
 
 
 def test_storm_of_cancellations_leaves_nothing_behind(engine):

@@ -7,6 +7,9 @@ import pytest
 from tiny_engine import GOLDEN, golden_cases, greedy, prompt_of
 from workload import assert_complete, assert_idle, assert_same, one_of, strict_engine, workload
 
+from jaxgen.execution.runner import Runner
+from jaxgen.execution.sampler import GREEDY, SAMPLE, Variant
+
 HIDDEN = {"enable_return_hidden_states": True}
 
 SCHEDULES = {
@@ -54,17 +57,51 @@ def test_results_do_not_depend_on_the_schedule(reference, schedule):
 
 @pytest.mark.parametrize("options", [{}, {"enable_mixed_chunk": True}, {"disable_overlap_schedule": True}])
 def test_forced_retraction_changes_nothing(reference, options):
+    """All together, then each beside a request with a shorter prompt, which never is the one to go."""
     with mock.patch.dict(os.environ, JAXGEN_TEST_RETRACT="1"):
         engine = strict_engine(**HIDDEN, **options)
     with engine:
-        results = engine.generate(**workload())
-        assert sum(result["meta_info"]["num_retractions"] for result in results) >= 5
-        for result, expected in zip(results, reference, strict=True):
-            assert_complete(result)
-            assert_same(result, expected)
-            cached = result["meta_info"]["cached_tokens"]
-            assert cached < len(result["output_ids"]) + result["meta_info"]["prompt_tokens"]
+        together = engine.generate(**workload())
+        assert sum(result["meta_info"]["num_retractions"] for result in together) >= 5
+        engine.flush_cache()
+        in_turn = []
+        for i in range(len(together)):
+            call = one_of(workload(), i)
+            beside = {name: [value, value] for name, value in call.items()}
+            beside["input_ids"][1], beside["sampling_params"][1] = [4], greedy(60)
+            in_turn.append(engine.generate(**beside)[0])
+        # The first is as short as its neighbour, and the sixth may end before it is its turn.
+        assert sum(result["meta_info"]["num_retractions"] > 1 for result in in_turn) >= 7
+        for results in (together, in_turn):
+            for result, expected in zip(results, reference, strict=True):
+                assert_complete(result)
+                assert_same(result, expected)
+                assert result["meta_info"]["cached_tokens"] < result["meta_info"]["prompt_tokens"]
         assert_idle(engine)
+
+
+@pytest.mark.parametrize("retract", ["0", "3"])
+def test_lanes_that_ride_along_with_prefill_chunks(monkeypatch, retract):
+    """Long prompts arrive while others decode, so that decoding goes on inside prefill steps."""
+    prompts = [prompt_of(n, n) for n in (15, 16, 30, 47, 150, 151, 152, 153)]
+    penalised = greedy(60, repetition_penalty=1.4, logit_bias={9: 3.0})
+    params = [greedy(60), penalised, greedy(60), penalised] + [greedy(20)] * 4
+    call = {"input_ids": prompts, "sampling_params": params, "return_hidden_states": True}
+    with strict_engine(**HIDDEN) as engine:
+        expected = engine.generate(**call)
+    monkeypatch.setenv("JAXGEN_TEST_RETRACT", retract)
+    with strict_engine(**HIDDEN, enable_mixed_chunk=True) as engine:
+        plans = []
+        launch = engine._runner.launch
+        monkeypatch.setattr(engine._runner, "launch", lambda plan: plans.append(plan) or launch(plan))
+        results = engine.generate(**call)
+        assert_idle(engine)
+    mixed = [plan for plan in plans if plan.chunks and plan.lanes]
+    assert len(mixed) >= 6
+    assert sum(len(plan.page_updates) for plan in mixed) >= 3
+    for result, reference in zip(results, expected, strict=True):
+        assert_complete(result)
+        assert_same(result, reference)
 
 
 def test_forced_retraction_never_repeats_streamed_text():
@@ -126,3 +163,31 @@ def test_one_row_reaches_the_context_length():
     with strict_engine(max_running_requests=1, cuda_graph_bs_decode=[1], max_total_tokens=512) as engine:
         result = engine.generate(input_ids=[5] * 10, sampling_params={**greedy(1), "max_new_tokens": None})
         assert result["meta_info"]["finish_reason"] == {"type": "length", "length": 255 - 10 - 1}
+
+
+def test_steps_that_do_only_what_the_batch_needs(reference, monkeypatch):
+    """What a GPU does: programs of their own for greedy and for plainly sampled batches."""
+    variants = (GREEDY, SAMPLE, Variant(sample=True, full=True, top_logprobs=20))
+    monkeypatch.setattr(Runner, "_startup_variants", lambda runner: variants)
+    with strict_engine(**HIDDEN) as engine:
+        for key in list(engine._runner._steps._steps):
+            engine._runner._run_empty(key)  # as start-up on a GPU does
+        used = []
+        choose = engine._runner._variant
+        monkeypatch.setattr(engine._runner, "_variant", lambda rows: used.append(choose(rows)) or used[-1])
+        check_against(reference, engine)
+        for i in (8, 2, 1, 0, 4, 3):  # rows change hands between programs
+            result = engine.generate(**{**one_of(workload(), i), "return_logprob": False})
+            assert result["output_ids"] == reference[i]["output_ids"]
+        assert set(used) == set(variants)
+        assert_idle(engine)
+
+
+def test_compiling_on_demand_gives_the_same(reference):
+    options = {"disable_cuda_graph": True, "strict_compile": False}
+    with strict_engine(**HIDDEN, **options) as engine:
+        results = engine.generate(**workload())
+        assert max(result["meta_info"]["cache_miss_count"] for result in results) > 0
+        for result, expected in zip(results, reference, strict=True):
+            assert_same(result, expected)
+        assert engine.generate(**one_of(workload(), 1))["meta_info"]["cache_miss_count"] == 0
