@@ -35,6 +35,7 @@ def make_engine(args: argparse.Namespace, **options: Any) -> Engine:
         "tp_size": args.tp_size,
         "skip_tokenizer_init": True,
         "disable_radix_cache": True,
+        "strict_compile": True,  # a compile would pass for slow steps
     }
     return Engine(**(common | options | args.engine_options))
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import time
+from typing import Any
 
-PROMPT = "What is an inference engine for language models, and why would one write it in JAX?"
+PROMPT = "Explain in a few sentences what a language model is and how it writes text."
 
 
-def add_parser(subparsers) -> None:
+def add_parser(subparsers: Any) -> None:
+    """Adds the subcommand; its parsed arguments carry `run(args) -> exit status`."""
     parser = subparsers.add_parser("demo", help="stream an answer of SmolLM2-135M-Instruct")
     parser.add_argument("prompt", nargs="?", default=PROMPT, help="what to ask")
     parser.add_argument("--max-new-tokens", type=int, default=160)
@@ -17,14 +19,20 @@ def add_parser(subparsers) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    """Runs the subcommand."""
     from jaxgen import Engine
     from jaxgen.checkpoint.demo import demo_model_path
 
     path = demo_model_path()
     started = time.perf_counter()
-    # One prompt at a time needs few compiled steps: the first answer comes sooner.
+    print("Starting the engine. The first start compiles; later ones find the result in a cache.", flush=True)
+    # One prompt at a time, its tokens in chunks of one size: few steps to compile before the first answer.
     with Engine(
-        model_path=str(path), max_running_requests=1, chunked_prefill_size=256, context_length=2048
+        model_path=str(path),
+        max_running_requests=1,
+        context_length=2048,
+        chunked_prefill_size=128,
+        cuda_graph_bs_prefill=[128],
     ) as engine:
         tokenizer = engine.tokenizer_manager.tokenizer
         ids = tokenizer.apply_chat_template(
