@@ -32,12 +32,16 @@ class DecodeConfig:
     num_splits: int
 
 
-def default_config(num_lanes: int, num_kv_heads: int, head_dim: int) -> DecodeConfig:
-    """Two blocks of threads per multiprocessor for any shape, if need be by splitting lanes."""
+def default_config(num_lanes: int, num_kv_heads: int, head_dim: int, capacity: int) -> DecodeConfig:
+    """Two blocks of threads per multiprocessor for any shape, if need be by splitting lanes.
+
+    `capacity` is the KV tokens a row of the page table can hold.
+    """
     slots, pairs = 2 * 132, max(num_lanes * num_kv_heads, 1)
+    block_kv = 128 if head_dim == 64 and pairs >= slots else 64
     # Splits beyond 16 per lane cost more in merging than they gain, unless the chip would stand half empty.
-    num_splits = max(1, min(slots // pairs, max(16, slots // 2 // pairs)))
-    return DecodeConfig(128 if head_dim == 64 else 64, 2, num_splits)
+    num_splits = min(slots // pairs, max(16, slots // 2 // pairs), -(-capacity // block_kv))
+    return DecodeConfig(block_kv, 2, max(1, num_splits))
 
 
 def unsupported(q: jax.Array, k_pages: jax.Array, v_pages: jax.Array) -> str | None:
@@ -58,7 +62,8 @@ def unsupported(q: jax.Array, k_pages: jax.Array, v_pages: jax.Array) -> str | N
 def paged_decode(q, k_pages, v_pages, page_table, lengths, *, sm_scale, window, softcap, sinks, config=None):
     """`kernels_pallas.paged_decode` by the kernel; operands that `unsupported` accepts."""
     if config is None:
-        config = default_config(q.shape[0], k_pages.shape[1], k_pages.shape[3])
+        _, num_kv_heads, page_size, head_dim = k_pages.shape
+        config = default_config(q.shape[0], num_kv_heads, head_dim, page_table.shape[1] * page_size)
     scale = float(q.shape[2] ** -0.5 if sm_scale is None else sm_scale)
     return _decode(q, k_pages, v_pages, page_table, lengths, sinks, scale, window, softcap, config, None)
 
@@ -76,19 +81,27 @@ def _decode(q, k_pages, v_pages, page_table, lengths, sinks, scale, window, soft
     )
     if m is None:
         return o.reshape(num_lanes, num_heads, head_dim)
-    o = o[..., :group]  # [B, splits, K, H, G]
-    m, l = m[..., :group], l[..., :group]  # noqa: E741  # [B, splits, K, G]
-    maximum = m.max(axis=1, keepdims=True)
+    return _merge(o[..., :group], m[..., :group], l[..., :group], sinks).astype(q.dtype)
+
+
+def _merge(o, m, l, sinks):  # noqa: E741
+    """Splits o [B, splits, K, H, G], m and l [B, splits, K, G] float32 as one softmax, [B, N, H] float32.
+
+    Written out split by split: XLA fuses elementwise work into one kernel, and reductions into several.
+    """
+    num_lanes, num_splits, num_kv_heads, head_dim, group = o.shape
+    maximum = functools.reduce(jnp.maximum, [m[:, s] for s in range(num_splits)])  # [B, K, G]
     if sinks is not None:
         sink = sinks.astype(jnp.float32).reshape(num_kv_heads, group) * LOG2E
         maximum = jnp.maximum(maximum, sink)
-    weight = jnp.exp2(m - maximum)
-    denominator = (l * weight).sum(axis=1)  # [B, K, G]
+    weights = [jnp.exp2(m[:, s] - maximum) for s in range(num_splits)]
+    denominator = sum(l[:, s] * weights[s] for s in range(num_splits))
     if sinks is not None:
-        denominator += jnp.exp2(sink - maximum[:, 0])
+        denominator += jnp.exp2(sink - maximum)
+    out = sum(o[:, s] * weights[s][:, :, None, :] for s in range(num_splits))
     # An empty split has weight 0 or, where all are empty, an output of 0.
-    o = (o * weight[..., None, :]).sum(axis=1) / jnp.maximum(denominator, 1e-30)[..., None, :]
-    return o.swapaxes(-1, -2).reshape(num_lanes, num_heads, head_dim).astype(q.dtype)
+    out = out / jnp.maximum(denominator, 1e-30)[:, :, None, :]
+    return out.swapaxes(-1, -2).reshape(num_lanes, num_kv_heads * group, head_dim)
 
 
 def _partials(
