@@ -92,6 +92,7 @@ def paged_decode(
         raise ValueError(f"page_table has {page_table.shape[0]} rows for {q.shape[0]} lanes")
     reason = decode_kernel.unsupported(q, k_pages, v_pages)
     kernel = _runs_kernel("paged_decode", implementation, reason)
+    page_table, lengths = _in_own_buffers(k_pages, page_table, lengths)
     attend = decode_kernel.paged_decode if kernel else reference.paged_decode
     return attend(
         q,
@@ -146,6 +147,7 @@ def ragged_prefill(
         raise ValueError(f"cu_seqlens must be [R + 1] = [{page_table.shape[0] + 1}], got {cu_seqlens.shape}")
     reason = prefill_kernel.unsupported(q, k_pages, v_pages)
     kernel = _runs_kernel("ragged_prefill", implementation, reason)
+    page_table, lengths = _in_own_buffers(k_pages, page_table, lengths)
     attend = prefill_kernel.ragged_prefill if kernel else reference.ragged_prefill
     return attend(
         q,
@@ -208,6 +210,9 @@ def sample(
             raise ValueError(f"{name} must be [B] = {logits.shape[:1]}, got {option.shape}")
     kernel = _runs_kernel("sample", implementation, sample_kernel.unsupported(logits))
     draw = sample_kernel.sample if kernel else reference.sample
+    # Into range, and so into buffers of their own: see _in_own_buffers.
+    top_k = jnp.maximum(top_k, 1)
+    top_p, min_p = jnp.clip(top_p, 0.0, 1.0), jnp.clip(min_p, 0.0, 1.0)
     return draw(logits, temperature, top_k, top_p, min_p, seeds, positions)
 
 
@@ -239,6 +244,17 @@ def _runs_kernel(op: str, implementation: str | None, unsupported: str | None) -
     if reason is not None and mosaic.default_device().platform == "gpu":
         mosaic.report_fallback(op, reason)
     return reason is None
+
+
+def _in_own_buffers(
+    k_pages: jax.Array, page_table: jax.Array, lengths: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Page table and lengths brought into range by arithmetic that XLA cannot drop.
+
+    XLA hands a contiguous slice of a larger array to a kernel in place, and Mosaic refuses a buffer that does
+    not start at a multiple of 256 bytes. The result of a computation is a buffer of its own.
+    """
+    return jnp.clip(page_table, 0, k_pages.shape[0] - 1), jnp.maximum(lengths, 0)
 
 
 def _check_pages(k_pages: jax.Array, v_pages: jax.Array) -> None:

@@ -86,6 +86,8 @@ def _draw(shape: tuple[int, ...], dtype: np.dtype, sharding: jax.sharding.Shardi
     def uniform(key: jax.Array) -> jax.Array:
         # Drawn in float32 and rounded, so the dtype changes no value by more than its rounding.
         typed = jax.random.wrap_key_data(key, impl="threefry2x32")
-        return jax.random.uniform(typed, shape, jnp.float32, -BOUND, BOUND).astype(dtype)
+        # One subtraction that is exact and one product: no fused multiply-add can round otherwise elsewhere.
+        centred = jax.random.uniform(typed, shape, jnp.float32) - 0.5
+        return (centred * (2 * BOUND)).astype(dtype)
 
     return jax.jit(uniform, out_shardings=sharding)

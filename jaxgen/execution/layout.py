@@ -7,6 +7,10 @@ import math
 from collections.abc import Iterator
 
 
+# 256 bytes: XLA passes a field to a kernel in place, and kernels want aligned buffers.
+ALIGNMENT = 64
+
+
 @dataclasses.dataclass(frozen=True)
 class Field:
     name: str
@@ -17,7 +21,7 @@ class Field:
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """Named, shaped fields laid end to end in one flat array."""
+    """Named, shaped fields in one flat array, each starting at a multiple of ALIGNMENT elements."""
 
     fields: tuple[Field, ...]
 
@@ -27,7 +31,7 @@ class Layout:
         for name, shape in shapes.items():
             stop = start + math.prod(shape)
             fields.append(Field(name, shape, start, stop))
-            start = stop
+            start = -(-stop // ALIGNMENT) * ALIGNMENT
         return cls(tuple(fields))
 
     @property

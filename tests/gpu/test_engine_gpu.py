@@ -13,6 +13,8 @@ from jaxgen import Engine
 pytestmark = pytest.mark.gpu
 GOLDEN = Path(__file__).parent.parent / "golden"
 FAMILIES = ("llama2", "llama3", "qwen2", "qwen3", "mistral")
+# Mean |d logprob| of Hugging Face's own bfloat16 run over the same sequences, and its greedy agreement.
+HF_BFLOAT16_ERROR, HF_BFLOAT16_AGREEMENT = 0.039, 0.961
 GREEDY = {"temperature": 0.0, "max_new_tokens": 32, "ignore_eos": True}
 
 
@@ -79,13 +81,20 @@ def test_the_real_model_agrees_with_hugging_face_in_float32(dtype):
         top = meta["input_top_logprobs"][start_of_output:]
         agree += [entry[0][1] == token for entry, token in zip(top, case["output_ids"])]
     error = np.abs(np.concatenate(errors))
-    assert np.mean(agree) >= (1.0 if exact else 0.95)
-    assert error.max() < 5e-3 if exact else error.mean() < 0.04
+    if exact:
+        assert all(agree)
+        assert error.max() < 5e-3
+    else:
+        assert np.mean(agree) >= HF_BFLOAT16_AGREEMENT - 0.02
+        assert error.mean() <= 1.5 * HF_BFLOAT16_ERROR
 
 
 def test_shutdown_returns_the_device_memory():
-    baseline = len(jax.live_arrays())
+    device = jax.devices("gpu")[0]
+    start(GOLDEN / "llama3", "bfloat16").shutdown()  # what the process keeps for good is taken by now
+    before = device.memory_stats()["bytes_in_use"]
     engine = start(GOLDEN / "llama3", "bfloat16")
     engine.generate(input_ids=[[5, 6, 7]], sampling_params=GREEDY)
+    assert device.memory_stats()["bytes_in_use"] > before
     engine.shutdown()
-    assert len(jax.live_arrays()) == baseline
+    assert device.memory_stats()["bytes_in_use"] <= before
