@@ -196,14 +196,14 @@ def _partials(
             if finish:
                 inverse = 1.0 / jnp.maximum(denominator, 1e-30)
                 result = acc * lax.broadcast_in_dim(inverse, acc.shape, [1])
-                o_smem.transpose((1, 0))[...] = result.astype(dtype)
+                mosaic.store(o_smem.transpose((1, 0)), result.astype(dtype))
             else:
-                o_smem[...] = acc
+                mosaic.store(o_smem, acc)
                 m_smem[...] = maximum
                 l_smem[...] = denominator
             plgpu.commit_smem()
             if finish:
-                plgpu.copy_smem_to_gmem(o_smem.at[pl.ds(0, group), pl.ds(0, head_dim)], o_ref.at[lane, head])
+                plgpu.copy_smem_to_gmem(o_smem.at[pl.ds(0, group)], o_ref.at[lane, head])
             else:
                 plgpu.copy_smem_to_gmem(o_smem.at[pl.ds(0, head_dim)], o_ref.at[lane, split, head])
                 plgpu.copy_smem_to_gmem(m_smem, m_ref.at[lane, split, head])
