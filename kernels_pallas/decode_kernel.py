@@ -129,8 +129,8 @@ def _partials(
         if finish:
             o_ref, q_smem, k_smem, v_smem, p_smem, o_smem, q_bar, k_bar, v_bar, k_free, v_free = refs
         else:
-            o_ref, m_ref, l_ref, *refs = refs
-            q_smem, k_smem, v_smem, p_smem, o_smem, m_smem, l_smem, *barriers = refs
+            o_ref, m_ref, l_ref, *scratch = refs
+            q_smem, k_smem, v_smem, p_smem, o_smem, m_smem, l_smem, *barriers = scratch
             q_bar, k_bar, v_bar, k_free, v_free = barriers
         head, split, lane = lax.axis_index("head"), lax.axis_index("split"), lax.axis_index("lane")
         length = lengths_ref[lane]

@@ -101,9 +101,8 @@ def _prefill(
         sink_rows = jnp.pad(sink_rows, ((0, 0), (0, ROWS - rows)))
 
     def kernel(q_ref, k_ref, v_ref, table_ref, row_ref, first_ref, count_ref, position_ref, *refs):
-        if sinks is not None:
-            sink_ref, *refs = refs
-        o_ref, q_smem, k_smem, v_smem, staging, sink_smem, *barriers = refs
+        sink_ref, *others = refs if sinks is not None else (None, *refs)
+        o_ref, q_smem, k_smem, v_smem, staging, sink_smem, *barriers = others
         q_bar, k_bar, v_bar, k_free, v_free, turn, tail = barriers
         head = lax.axis_index("head")
         # Later tiles of a row see more keys: start them first.

@@ -43,7 +43,8 @@ def sample(logits, temperature, top_k, top_p, min_p, seeds, positions):
 class _Row:
     """The row of one block of threads: its options, and passes over a range of its logits."""
 
-    def __init__(self, logits_ref, keys_ref, options_ref, limits_ref, chunk: int):
+    def __init__(self, inputs, chunk: int):
+        logits_ref, keys_ref, options_ref, limits_ref = inputs
         self.lane = lax.axis_index("lane")
         self.logits_ref, self.chunk, self.vocab_size = logits_ref, chunk, logits_ref.shape[1]
         self.keys = keys_ref[0, self.lane], keys_ref[1, self.lane]
@@ -165,7 +166,7 @@ def merge_scans(row, scans_ref, parts: int):
 def _sample(logits, temperature, top_k, top_p, min_p, seeds, positions, chunk, parts, interpret):
     num_lanes, vocab_size = logits.shape
     trips = -(-vocab_size // chunk)
-    part_trips = -(-trips // parts)
+    share = -(-trips // parts)  # trips of a part
     greedy = temperature <= 0.0
     keeps_all = greedy | ((top_k >= vocab_size) & (top_p >= 1.0) & (min_p <= 0.0))
     factor = jnp.where(greedy, 1.0, 1.0 / jnp.where(greedy, 1.0, temperature))
@@ -178,8 +179,8 @@ def _sample(logits, temperature, top_k, top_p, min_p, seeds, positions, chunk, p
 
     def part_range():
         """First token and trips of this block's part of the row."""
-        first_trip = lax.axis_index("part") * part_trips
-        return first_trip * chunk, lax.max(lax.min(trips - first_trip, jnp.int32(part_trips)), jnp.int32(0))
+        first_trip = lax.axis_index("part") * share
+        return first_trip * chunk, lax.max(lax.min(trips - first_trip, jnp.int32(share)), jnp.int32(0))
 
     def report(values, smem, ref):
         for i, value in enumerate(values):
@@ -189,23 +190,24 @@ def _sample(logits, temperature, top_k, top_p, min_p, seeds, positions, chunk, p
         plgpu.wait_smem_to_gmem(0)
 
     def scan(*refs):
-        *refs, out_ref, smem = refs
-        row = _Row(*refs, chunk)
+        *inputs, out_ref, smem = refs
+        row = _Row(inputs, chunk)
         report(row.scan(*part_range()), smem, out_ref.at[row.lane, lax.axis_index("part")])
 
     def check(*refs):
-        *refs, scans_ref, out_ref, smem = refs
-        row = _Row(*refs, chunk)
+        *inputs, scans_ref, out_ref, smem = refs
+        row = _Row(inputs, chunk)
 
         @pl.when(row.keeps_all == 0)
         def _():
             maximum, _, token = merge_scans(row, scans_ref, parts)
-            values = row.check(*part_range(), token, maximum)
+            begin, part_trips = part_range()
+            values = row.check(begin, part_trips, token, maximum)
             report(values, smem, out_ref.at[row.lane, lax.axis_index("part")])
 
     def settle(*refs):
-        *refs, scans_ref, checks_ref, out_ref, smem = refs
-        row = _Row(*refs, chunk)
+        *inputs, scans_ref, checks_ref, out_ref, smem = refs
+        row = _Row(inputs, chunk)
         maximum, total, token = merge_scans(row, scans_ref, parts)
         bad = total != total  # a NaN among the logits
 
