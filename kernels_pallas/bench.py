@@ -95,7 +95,8 @@ def decode_inputs(case: DecodeCase) -> tuple[list[jax.Array], int]:
     sets = max(1, min(64, -(-2 * L2_BYTES // kv_bytes)))
     counts = [-(-n // page) for n in case.lengths]
     order = np.random.default_rng(1).permutation(sum(counts) * sets).astype(np.int32)
-    tables, taken = np.zeros((sets, lanes, max_pages), np.int32), 0
+    tables: np.ndarray = np.zeros((sets, lanes, max_pages), np.int32)
+    taken = 0
     for i in range(sets):
         for lane, count in enumerate(counts):
             tables[i, lane, :count] = order[taken : taken + count]
@@ -171,11 +172,11 @@ def prefill_inputs(case: PrefillCase) -> list[jax.Array]:
     """Operands of `ragged_prefill`, the pages permuted."""
     counts = [-(-(new + cached) // case.page_size) for new, cached in case.rows]
     order = np.random.default_rng(1).permutation(sum(counts)).astype(np.int32)
-    table = np.zeros((len(counts), max(counts)), np.int32)
+    table: np.ndarray = np.zeros((len(counts), max(counts)), np.int32)
     for row, count in enumerate(counts):
         table[row, :count], order = order[:count], order[count:]
     cu_seqlens = np.concatenate([[0], np.cumsum([new for new, _ in case.rows])]).astype(np.int32)
-    lengths = np.asarray([new + cached for new, cached in case.rows], np.int32)
+    lengths: np.ndarray = np.asarray([new + cached for new, cached in case.rows], np.int32)
     keys = jax.random.split(jax.random.key(0), 3)
     q = jax.random.normal(keys[0], (int(cu_seqlens[-1]), case.num_heads, case.head_dim), jnp.bfloat16)
     pages = (sum(counts), case.num_kv_heads, case.page_size, case.head_dim)
@@ -257,7 +258,9 @@ def bench_sample(repeats: int, rates: dict) -> list[dict]:
         def chain(seeds, *operands, sets=sets, calls=calls, values=values):
             positions = seeds
             for i in range(calls):
-                positions = sample(operands[i % sets], *values, seeds, positions)
+                temperature, top_k, top_p, min_p = values
+                row = operands[i % sets]
+                positions = sample(row, temperature, top_k, top_p, min_p, seeds, positions)
             return positions
 
         operands = (jnp.arange(lanes, dtype=jnp.int32), *logits)

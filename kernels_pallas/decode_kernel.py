@@ -129,8 +129,8 @@ def _partials(
         if finish:
             o_ref, q_smem, k_smem, v_smem, p_smem, o_smem, q_bar, k_bar, v_bar, k_free, v_free = refs
         else:
-            o_ref, m_ref, l_ref, *refs = refs
-            q_smem, k_smem, v_smem, p_smem, o_smem, m_smem, l_smem, *barriers = refs
+            o_ref, m_ref, l_ref, *scratch = refs
+            q_smem, k_smem, v_smem, p_smem, o_smem, m_smem, l_smem, *barriers = scratch
             q_bar, k_bar, v_bar, k_free, v_free = barriers
         head, split, lane = lax.axis_index("head"), lax.axis_index("split"), lax.axis_index("lane")
         length = lengths_ref[lane]
@@ -196,14 +196,14 @@ def _partials(
             if finish:
                 inverse = 1.0 / jnp.maximum(denominator, 1e-30)
                 result = acc * lax.broadcast_in_dim(inverse, acc.shape, [1])
-                o_smem.transpose((1, 0))[...] = result.astype(dtype)
+                mosaic.store(o_smem.transpose((1, 0)), result.astype(dtype))
             else:
-                o_smem[...] = acc
+                mosaic.store(o_smem, acc)
                 m_smem[...] = maximum
                 l_smem[...] = denominator
             plgpu.commit_smem()
             if finish:
-                plgpu.copy_smem_to_gmem(o_smem.at[pl.ds(0, group), pl.ds(0, head_dim)], o_ref.at[lane, head])
+                plgpu.copy_smem_to_gmem(o_smem.at[pl.ds(0, group)], o_ref.at[lane, head])
             else:
                 plgpu.copy_smem_to_gmem(o_smem.at[pl.ds(0, head_dim)], o_ref.at[lane, split, head])
                 plgpu.copy_smem_to_gmem(m_smem, m_ref.at[lane, split, head])

@@ -95,6 +95,14 @@ def add_values(acc, weights, values, *, interpret: bool):
     return pl.run_state(lambda ref: plgpu.wgmma(ref, weights, values))(plgpu.ACC.init(acc))
 
 
+def store(ref, values) -> None:
+    """Store values to shared memory that no wgmma reads, in whatever way its layout allows."""
+    if hasattr(plgpu, "store"):  # from JAX 0.12, where plain assignment insists on a fast store
+        plgpu.store(ref, values, optimized=False)
+    else:
+        ref[...] = values
+
+
 def zero_rows_outside(values, block: int, head_dim: int, first, stop) -> None:
     """Zero rows of values [block, H] in shared memory outside [first, stop): 0 times garbage may be NaN."""
     row = plgpu.broadcasted_iota(jnp.int32, (block, head_dim), 0, layout=plgpu.Layout.WGMMA)

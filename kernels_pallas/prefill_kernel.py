@@ -96,9 +96,8 @@ def _prefill(
         sink_rows = jnp.pad(sink_rows, ((0, 0), (0, ROWS - rows)))
 
     def kernel(q_ref, k_ref, v_ref, table_ref, row_ref, first_ref, count_ref, position_ref, *refs):
-        if sinks is not None:
-            sink_ref, *refs = refs
-        o_ref, q_smem, k_smem, v_smem, staging, sink_smem, *barriers = refs
+        sink_ref, *others = refs if sinks is not None else (None, *refs)
+        o_ref, q_smem, k_smem, v_smem, staging, sink_smem, *barriers = others
         q_bar, k_bar, v_bar, k_free, v_free, turn, tail = barriers
         head = lax.axis_index("head")
         # Later tiles of a row see more keys: start them first.
@@ -217,7 +216,7 @@ def _prefill(
                 acc = acc * lax.broadcast_in_dim(decay, acc.shape, [0])
             inverse = 1.0 / jnp.maximum(denominator, 1e-30)
             acc = acc * lax.broadcast_in_dim(inverse, acc.shape, [0])
-            staging[thread] = acc.astype(dtype)
+            mosaic.store(staging.at[thread], acc.astype(dtype))
             plgpu.commit_smem()
             left = count - thread * tokens
 

@@ -6,8 +6,9 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from jax.sharding import Mesh, PartitionSpec
 
-from kernels_pallas import decode_kernel, mosaic, paged_decode
+from kernels_pallas import decode_kernel, mosaic, paged_decode, ragged_prefill
 from kernels_pallas.decode_kernel import DecodeConfig
 from tests.kernels import oracle
 from tests.kernels.interpreter import no_races
@@ -48,15 +49,33 @@ def test_interpreted_kernel_is_softmax_attention_without_races(
 
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 @pytest.mark.parametrize("page_size", [8, 16, 128])
-@pytest.mark.parametrize("heads", [(32, 8), (14, 2), (16, 1)])
-def test_default_configuration_lowers_for_hopper(head_dim, page_size, heads):
+@pytest.mark.parametrize(("heads", "num_lanes"), [((32, 8), 4), ((14, 2), 200), ((9, 3), 200), ((16, 1), 4)])
+def test_default_configuration_lowers_for_hopper(head_dim, page_size, heads, num_lanes):
     pages = jax.ShapeDtypeStruct((50, heads[1], page_size, head_dim), jnp.bfloat16)
-    q = jax.ShapeDtypeStruct((4, heads[0], head_dim), jnp.bfloat16)
-    table, lengths = jax.ShapeDtypeStruct((4, 12), jnp.int32), jax.ShapeDtypeStruct((4,), jnp.int32)
+    q = jax.ShapeDtypeStruct((num_lanes, heads[0], head_dim), jnp.bfloat16)
+    table = jax.ShapeDtypeStruct((num_lanes, 12), jnp.int32)
+    lengths = jax.ShapeDtypeStruct((num_lanes,), jnp.int32)
     assert decode_kernel.unsupported(q, pages, pages) is None
     attend = jax.jit(lambda *a: paged_decode(*a, window=100, softcap=3.0, implementation="mosaic"))
     lowered = attend.trace(q, pages, pages, table, lengths).lower(lowering_platforms=("cuda",))
     assert "mosaic_gpu" in lowered.as_text()
+
+
+def test_kernels_lower_inside_shard_map_over_the_kv_heads():
+    mesh = Mesh(np.array(jax.devices()[:1]), ("tensor",))
+    heads, whole = PartitionSpec(None, "tensor"), PartitionSpec()
+
+    def both(q, k_pages, v_pages, table, lengths, cu_seqlens):
+        decoded = paged_decode(q, k_pages, v_pages, table, lengths, implementation="mosaic")
+        prefilled = ragged_prefill(q, k_pages, v_pages, table, cu_seqlens, lengths, implementation="mosaic")
+        return decoded + prefilled
+
+    specs = (heads, heads, heads, whole, whole, whole)
+    sharded = jax.jit(jax.shard_map(both, mesh=mesh, in_specs=specs, out_specs=heads))
+    pages = jax.ShapeDtypeStruct((50, 2, 16, 64), jnp.bfloat16)
+    integers = [jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((4, 8), (4,), (5,))]
+    lowered = sharded.trace(jax.ShapeDtypeStruct((4, 8, 64), jnp.bfloat16), pages, pages, *integers)
+    assert lowered.lower(lowering_platforms=("cuda",)).as_text().count("mosaic_gpu") >= 2
 
 
 def test_operands_the_kernel_cannot_take_are_named():
