@@ -281,7 +281,7 @@ class Engine:
         return FlushCacheResult(False, "The cache was not flushed: requests are running or waiting.")
 
     def get_server_info(self) -> dict[str, Any]:
-        """Configuration as resolved, and the state of the scheduler (API specification 9.2)."""
+        """Every option as resolved, plus version, sizes and, under `internal_states`, the scheduler's state."""
         loop = self._check_alive()
         return loop.call(
             lambda: server_info(self.server_args, self.startup_report, loop, self._factory.limits)

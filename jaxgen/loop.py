@@ -135,7 +135,7 @@ class EngineLoop:
                     raise
 
     def pause(self, mode: str) -> None:
-        """Holds generation (API specification 9.7): mode abort, retract or in_place."""
+        """Holds generation: "abort" ends every request, "retract" requeues the running, "in_place" freezes them."""
         self.call(lambda: self._deliver(self.scheduler.pause(mode)))
 
     def resume(self) -> None:

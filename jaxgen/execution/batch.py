@@ -32,7 +32,7 @@ def edits_of(request: Request) -> tuple[list[int], list[float], list[int]]:
     params = request.params
     ids, values, until = [], [], []
     if params.min_new_tokens > 0:
-        # EOS ids too, even under ignore_eos: the specification masks both.
+        # EOS ids too, even under ignore_eos: SGLang masks both.
         for token in sorted(request.masked_ids):
             ids.append(token)
             values.append(-np.inf)

@@ -6,7 +6,6 @@ import dataclasses
 import math
 from collections.abc import Iterator
 
-
 # 256 bytes: XLA passes a field to a kernel in place, and kernels want aligned buffers.
 ALIGNMENT = 64
 

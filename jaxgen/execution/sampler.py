@@ -92,7 +92,7 @@ def apply_edits(logits: jax.Array, params: RowParams) -> jax.Array:
 
 
 def edit_logits(logits: jax.Array, counts: jax.Array, params: RowParams) -> jax.Array:
-    """All logit edits in the order of the API specification; each stage runs only if some row wants it."""
+    """All logit edits in SGLang's order (penalties, then bias); each stage runs only if some row wants it."""
     logits = jax.lax.cond(
         params.wants(L.PENALTIES).any(), lambda x: penalise(x, counts, params), lambda x: x, logits
     )

@@ -1,4 +1,4 @@
-"""Any event loop and any thread: each row of the specification's table of situations."""
+"""Any event loop and any thread: every situation a caller can be in."""
 
 import asyncio
 import gc

@@ -1,4 +1,4 @@
-"""Bad input raises what the specification says, starts nothing, and leaves the engine as it was."""
+"""Bad input raises the promised type, starts nothing, and leaves the engine as it was."""
 
 import asyncio
 import math
