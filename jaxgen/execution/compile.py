@@ -54,24 +54,24 @@ def enable_persistent_cache(directory: str | None) -> Path | None:
     return path
 
 
-class StepTable:
+class StepTable[Key]:
     """Compiled steps by key; anything compiled after `seal()` counts as a cache miss.
 
     build(key) -> compiled executable. Thread-safe: warm-up compiles from several threads.
     """
 
-    def __init__(self, build: Callable[[tuple], Callable], *, strict: bool):
+    def __init__(self, build: Callable[[Key], Callable], *, strict: bool):
         self._build = build
         self._strict = strict
-        self._steps: dict[tuple, Callable] = {}
+        self._steps: dict[Key, Callable] = {}
         self._lock = threading.Lock()
         self._sealed = False
         self.miss_count = 0
 
-    def __contains__(self, key: tuple) -> bool:
+    def __contains__(self, key: Key) -> bool:
         return key in self._steps
 
-    def get(self, key: tuple) -> Callable:
+    def get(self, key: Key) -> Callable:
         """The compiled step for `key`, compiling it now if start-up did not."""
         step = self._steps.get(key)
         if step is None:
@@ -88,7 +88,7 @@ class StepTable:
                 self._steps[key] = step
         return step
 
-    def warm_up(self, keys: Iterable[tuple], on_done: Callable[[tuple], None]) -> None:
+    def warm_up(self, keys: Iterable[Key], on_done: Callable[[Key], None]) -> None:
         """Compiles `keys` in parallel threads; calls on_done(key) from this thread as each one is ready."""
         keys = list(keys)
         workers = max(1, min(len(keys), os.cpu_count() or 1))

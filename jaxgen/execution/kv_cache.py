@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 
 import jax
@@ -10,7 +11,10 @@ import jax.numpy as jnp
 
 from jaxgen.models.config import ModelConfig
 
+logger = logging.getLogger("jaxgen")
+
 MIB = 1 << 20
+LEAST_PAGES = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,6 +91,36 @@ def gpu_kv_budget(*, limit: int, weights: int, lane_state: int, temp: int, fract
         return int(limit * fraction) - weights
     reserve = limit // 50 + 256 * MIB
     return limit - weights - lane_state - temp - reserve
+
+
+def pages_within(budget: int, page: KVShape, *, max_total_tokens: int | None, weight_bytes: int) -> int:
+    """Pages of the pool: what fits in `budget` bytes over all devices, or the user's smaller number.
+
+    `page` gives the size of a page. Raises ValueError for a max_total_tokens that holds no request, and
+    RuntimeError when memory does not.
+    """
+    size = page.page_size
+    pages = round_pages(budget // page.page_bytes)
+    if max_total_tokens is not None:
+        wanted = max_total_tokens // size
+        if wanted < LEAST_PAGES:
+            raise ValueError(
+                f"max_total_tokens={max_total_tokens} is too small for one request: it must be at least two "
+                f"pages of {size} tokens"
+            )
+        if wanted > pages:
+            logger.warning(
+                "max_total_tokens=%d does not fit in memory; lowered to %d", max_total_tokens, pages * size
+            )
+        pages = min(pages, wanted)
+    if pages < LEAST_PAGES:
+        raise RuntimeError(
+            f"Not enough memory for the KV cache: {pages} pages of {size} tokens "
+            f"({page.page_bytes / MIB:.2f} MiB each) fit beside {weight_bytes / 2**30:.2f} GiB of weights. Lower "
+            "max_running_requests or chunked_prefill_size, raise mem_fraction_static, or use more devices "
+            "(tp_size)."
+        )
+    return pages
 
 
 def round_pages(num_pages: int) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -13,18 +13,24 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxgen.checkpoint.resolve import Checkpoint
+from jaxgen.checkpoint.types import Checkpoint
 from jaxgen.execution import kv_cache, lanes, layout
-from jaxgen.execution.batch import (
-    RowMirror,
-    needs_of,
-    pack_decode,
-    pack_prefill,
-    wants_input_logprobs,
-)
+from jaxgen.execution.batch import RowMirror, needs_of, pack_decode, pack_prefill, wants_input_logprobs
 from jaxgen.execution.compile import StepTable
+from jaxgen.execution.kv_cache import KVShape
+from jaxgen.execution.programs import (
+    COPY,
+    DECODE,
+    PREFILL,
+    Programs,
+    Shapes,
+    StepKey,
+    array_bytes,
+    shard_bytes,
+    temporary_bytes,
+)
 from jaxgen.execution.sampler import GREEDY, SAMPLE, Logprobs, Variant
-from jaxgen.execution.step import StepOutput, StepSpec, copy_step, decode_step, prefill_step
+from jaxgen.execution.step import StepOutput, StepSpec
 from jaxgen.models.config import ModelConfig
 from jaxgen.models.registry import ARCHITECTURES, build_model
 from jaxgen.scheduling.buckets import pick
@@ -83,6 +89,16 @@ class StepResult:
     hidden: np.ndarray | None
 
 
+@dataclasses.dataclass(frozen=True)
+class DecodeUpload:
+    """What a decode step needs from the host; kept while the same lanes decode."""
+
+    key: StepKey
+    packed: jax.Array | None
+    wants_logprobs: bool
+    wants_hidden: bool
+
+
 class Runner:
     """Loads a checkpoint onto a mesh, compiles the start-up buckets, then launches plans.
 
@@ -103,34 +119,33 @@ class Runner:
         self._kv_sharding = sharding_for(mesh, (None, "kv_heads", None, None))
         self._lane_variants = self._startup_variants()
         with report.phase("build model"):
-            self._spec, params = self._build_model()
-        self._abstract_weights = tuple(params.values())
-        self.weight_bytes = sum(_shard_bytes(w) for w in self._abstract_weights)
-        self._steps = StepTable(self._build_step, strict=config.strict_compile)
+            self._programs, params = self._build_model()
+        self.weight_bytes = sum(map(shard_bytes, params.values()))
+        self._steps: StepTable[StepKey] = StepTable(
+            lambda key: self._programs.compile(key, self._shapes), strict=config.strict_compile
+        )
         with report.phase("plan memory"):
-            self.kv_shape = self._plan_kv()
-        self.max_pages = min(-(-config.context_length // config.page_size), self.kv_shape.num_pages)
-        self._state_shapes = self._lane_shapes(EDIT_WIDTH, LOGPROB_WIDTH)
-        self.mirror = RowMirror(config.rows, self.max_pages, EDIT_WIDTH, LOGPROB_WIDTH)
+            self._shapes = self._plan_shapes()
+        self.mirror = RowMirror(config.rows, self._shapes.max_pages, *self._shapes.widths)
         with report.phase("load weights"):
             self.weights = self._load(checkpoint, params, report)
         with report.phase("allocate KV cache"):
             self.kv = self.kv_shape.allocate(self._kv_sharding)
             self.state = jax.jit(
-                lambda: jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), self._state_shapes),
+                lambda: jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), self._shapes.state),
                 out_shardings=self._replicated,
             )()
         with report.phase("compile steps"):
             self._warm_up(report)
         self._steps.seal()
-        self._decode_cache: tuple[Variant, int, jax.Array] | None = None
+        self._decode: DecodeUpload | None = None
 
     # ---- start-up
 
-    def _build_model(self):
-        """(step spec, parameter path -> shape, dtype and sharding), without allocating anything."""
-        config = self.model_config
-        model = nnx.eval_shape(lambda: build_model(config, self.config.param_dtype, mesh=self.mesh))
+    def _build_model(self) -> tuple[Programs, dict[str, jax.ShapeDtypeStruct]]:
+        """(steps of the model, parameter path -> shape, dtype and sharding), without allocating anything."""
+        config, dtype = self.model_config, self.config.param_dtype
+        model = nnx.eval_shape(lambda: build_model(config, dtype, mesh=self.mesh))
         params = abstract_params(model, self.mesh)
         graphdef, state = nnx.split(model)
         spec = StepSpec(
@@ -141,84 +156,74 @@ class Runner:
             return_hidden=self.config.return_hidden,
             original_logprobs=self.config.original_logprobs,
         )
-        return spec, params
+        programs = Programs(
+            spec=spec,
+            weights=tuple(params.values()),
+            replicated=self._replicated,
+            kv_sharding=self._kv_sharding,
+            precise=jnp.dtype(dtype) == jnp.float32,
+        )
+        return programs, params
 
     def _load(
         self, checkpoint: Checkpoint, params: dict[str, jax.ShapeDtypeStruct], report: StartupReport
     ) -> tuple[jax.Array, ...]:
         table = ARCHITECTURES[self.model_config.architecture].weight_table(self.model_config)
-        total = sum(_bytes(w) for w in params.values())
+        total = sum(map(array_bytes, params.values()))
         with report.progress("Loading weights", total, unit="B") as advance:
             loaded = checkpoint.load(params, table, advance)
         return tuple(loaded[path] for path in params)
 
-    def _lane_shapes(self, edit_width: int, logprob_width: int) -> lanes.LaneState:
-        shapes = lanes.lane_state_shapes(
-            self.config.rows, self.max_pages, self.model_config.vocab_size, edit_width, logprob_width
-        )
-        return jax.tree.map(
-            lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=self._replicated), shapes
+    def _shapes_of(self, kv: KVShape, widths: tuple[int, int] = (EDIT_WIDTH, LOGPROB_WIDTH)) -> Shapes:
+        config = self.config
+        max_pages = min(-(-config.context_length // config.page_size), kv.num_pages)
+        state = lanes.lane_state_shapes(config.rows, max_pages, self.model_config.vocab_size, *widths)
+        return Shapes(
+            kv,
+            jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=self._replicated), state),
         )
 
-    def _plan_kv(self) -> kv_cache.KVShape:
-        """How many pages the pool gets: the least of what memory allows and what the user asked for."""
+    def _plan_shapes(self) -> Shapes:
+        """The shapes of the whole engine, with as many KV pages as memory allows and the user wants."""
         config = self.config
-        probe = kv_cache.KVShape.of(self.model_config, PROBE_PAGES, config.page_size, config.kv_dtype)
-        tensor = self.mesh.shape["tensor"]
+        probe = KVShape.of(self.model_config, PROBE_PAGES, config.page_size, config.kv_dtype)
         limit = kv_cache.device_memory_bytes(self.device)
         if limit is None:
-            pages = kv_cache.cpu_kv_budget() // probe.page_bytes
+            budget = kv_cache.cpu_kv_budget()
         else:
-            temp, state = self._probe_memory(probe)
-            budget = kv_cache.gpu_kv_budget(
+            # Enough pages for one request at full context, so that every shape but the pool is the real one.
+            self._shapes = self._shapes_of(
+                dataclasses.replace(probe, num_pages=-(-config.context_length // config.page_size))
+            )
+            temp, state = self._largest_temporary(), lanes.lane_state_bytes(self._shapes.state)
+            per_device = kv_cache.gpu_kv_budget(
                 limit=limit,
                 weights=self.weight_bytes,
                 lane_state=state,
                 temp=temp,
                 fraction=config.mem_fraction_static,
             )
-            pages = max(0, budget * tensor // probe.page_bytes)
             logger.info(
                 "Memory per device: %.2f GiB usable, weights %.2f, largest step %.2f, lane state %.2f, KV %.2f",
-                *(x / 2**30 for x in (limit, self.weight_bytes, temp, state, max(0, budget))),
+                *(x / 2**30 for x in (limit, self.weight_bytes, temp, state, max(0, per_device))),
             )
-        pages = kv_cache.round_pages(pages)
-        if config.max_total_tokens is not None:
-            wanted = config.max_total_tokens // config.page_size
-            if wanted < 2:
-                raise ValueError(
-                    f"max_total_tokens={config.max_total_tokens} is too small for one request: it must be at "
-                    f"least two pages of {config.page_size} tokens"
-                )
-            if wanted > pages:
-                logger.warning(
-                    "max_total_tokens=%d does not fit in memory; lowered to %d",
-                    config.max_total_tokens,
-                    pages * config.page_size,
-                )
-            pages = min(pages, wanted)
-        if pages < 2:
-            raise RuntimeError(
-                f"Not enough memory for the KV cache: {pages} pages of {config.page_size} tokens "
-                f"({probe.page_bytes / 2**20:.2f} MiB each) fit beside {self.weight_bytes / 2**30:.2f} GiB of "
-                "weights. Lower max_running_requests or chunked_prefill_size, raise mem_fraction_static or "
-                "max_total_tokens, or use more devices (tp_size)."
-            )
-        return dataclasses.replace(probe, num_pages=int(pages))
+            budget = max(0, per_device) * self.mesh.shape["tensor"]
+        pages = kv_cache.pages_within(
+            budget, probe, max_total_tokens=config.max_total_tokens, weight_bytes=self.weight_bytes
+        )
+        return self._shapes_of(dataclasses.replace(probe, num_pages=pages))
 
-    def _probe_memory(self, probe: kv_cache.KVShape) -> tuple[int, int]:
-        """(largest step's temporary bytes, lane state bytes), read off compiled steps over a tiny pool."""
-        self.kv_shape = probe
-        self.max_pages = -(-self.config.context_length // self.config.page_size)
-        self._state_shapes = self._lane_shapes(EDIT_WIDTH, LOGPROB_WIDTH)
+    def _largest_temporary(self) -> int:
+        """Bytes that the largest step needs beside its arguments, read off compiled steps."""
         variant = self._lane_variants[-1]
-        keys = [self._prefill_key(self.config.prefill_buckets[-1], variant)]
-        if self.config.decode_buckets:
-            keys.append(self._decode_key(self.config.decode_buckets[-1], variant))
+        keys = [
+            self._prefill_key(self.config.prefill_buckets[-1], variant),
+            self._decode_key(self.config.decode_buckets[-1], variant),
+        ]
         self._steps.warm_up(keys, lambda key: None)
-        temp = max(_temp_bytes(self._steps.get(key)) for key in keys)
+        largest = max(temporary_bytes(self._steps.get(key)) for key in keys)
         self._steps.clear()
-        return temp, lanes.lane_state_bytes(self._state_shapes)
+        return largest
 
     def _startup_variants(self) -> tuple[Variant, ...]:
         """The variants compiled per bucket, least first.
@@ -231,19 +236,19 @@ class Runner:
 
     def _warm_up(self, report: StartupReport) -> None:
         config = self.config
-        keys: list[tuple] = [self._copy_key()]
+        keys = [self._copy_key()]
         for variant in self._lane_variants:
             if config.precompile_prefill:
                 keys += [self._prefill_key(bucket, variant) for bucket in config.prefill_buckets]
             if config.precompile_decode:
                 keys += [self._decode_key(bucket, variant) for bucket in config.decode_buckets]
         # The largest first: they take longest.
-        keys.sort(key=lambda key: -key[1])
+        keys.sort(key=lambda key: -key.size)
         started = time.perf_counter()
         with report.progress("Compiling steps", len(keys), unit="step") as advance:
 
-            def done(key: tuple) -> None:
-                report.add(f"  step {key}", time.perf_counter() - started, nested=True)
+            def done(key: StepKey) -> None:
+                report.add(f"step {key}", time.perf_counter() - started, nested=True)
                 advance(1)
 
             self._steps.warm_up(keys, done)
@@ -252,71 +257,39 @@ class Runner:
                 self._run_empty(key)
             jax.block_until_ready(self.state.token)
 
-    def _run_empty(self, key) -> None:
+    def _run_empty(self, key: StepKey) -> None:
         """Runs a compiled step on padding only, so that the first request finds it loaded and captured."""
-        nobody = self.config.rows
-        if key[0] == "copy":
-            packed = np.full((2, key[1]), self.kv_shape.num_pages, np.int32)
-            packed[0] = 0
-            self.kv = self._steps.get(key)(self.kv, self._put(packed))
-        elif key[0] == "decode":
-            packed = np.full(layout.decode_layout(key[1]).size, nobody, np.int32)
-            _, self.kv, self.state = self._steps.get(key)(
-                self.weights, self.kv, self.state, self._put(packed)
-            )
+        if key.kind == COPY:
+            self._copy_pages([(0, self.kv_shape.num_pages)])  # to a page out of range: dropped
+            return
+        assert key.variant is not None
+        if key.kind == DECODE:
+            packed = np.full(layout.decode_layout(key.size).size, self.config.rows, np.int32)
+            self._run(key, packed)
         else:
-            _, tokens, rows, variant, *_ = key
-            plan = Plan(kind="prefill", chunks=[], lanes=[], page_updates=[], copies=[])
-            uploads = pack_prefill(plan, self.mirror, [], tokens, rows, variant)
-            _, self.kv, self.state = self._steps.get(key)(
-                self.weights, self.kv, self.state, *map(self._put, uploads)
-            )
+            nothing = Plan(kind=PREFILL)
+            self._run(key, *pack_prefill(nothing, self.mirror, [], key.size, key.rows, key.variant))
 
     # ---- compiled steps
 
-    def _decode_key(self, bucket: int, variant: Variant):
-        return ("decode", bucket, variant, *self._widths())
+    def _decode_key(self, bucket: int, variant: Variant) -> StepKey:
+        return StepKey(DECODE, bucket, 0, variant, self._shapes.widths)
 
-    def _prefill_key(self, bucket: tuple[int, int], variant: Variant):
-        return ("prefill", *bucket, variant, *self._widths())
+    def _prefill_key(self, bucket: tuple[int, int], variant: Variant) -> StepKey:
+        return StepKey(PREFILL, *bucket, variant, self._shapes.widths)
 
-    def _copy_key(self):
-        return ("copy", self.config.prefill_buckets[-1][1])
+    def _copy_key(self) -> StepKey:
+        return StepKey(COPY, self.config.prefill_buckets[-1][1])
 
-    def _widths(self) -> tuple[int, int]:
-        return self._state_shapes.edit_width, self._state_shapes.logprob_width
+    def _run(self, key: StepKey, *uploads: np.ndarray | jax.Array) -> StepOutput:
+        """Launches a decode or prefill step; KV pages and lane state are replaced by the step's."""
+        arrays = [u if isinstance(u, jax.Array) else self._put(u) for u in uploads]
+        output, self.kv, self.state = self._steps.get(key)(self.weights, self.kv, self.state, *arrays)
+        return output
 
-    def _build_step(self, key) -> Callable:
-        """Lowers and compiles the step of `key` for the current shapes.
-
-        float32 parameters mean float32 arithmetic: on a GPU the default would be tf32.
-        """
-        precise = jnp.dtype(self.config.param_dtype) == jnp.float32
-        with jax.default_matmul_precision("highest" if precise else "default"):
-            return self._lower(key).compile()
-
-    def _lower(self, key) -> jax.stages.Lowered:
-        kv, put = self.kv_shape.abstract(self._kv_sharding), self._replicated
-
-        def packed(size, dtype=jnp.int32):
-            return jax.ShapeDtypeStruct(size if isinstance(size, tuple) else (size,), dtype, sharding=put)
-
-        kv_out = (self._kv_sharding,) * len(kv)
-        if key[0] == "copy":
-            jitted = jax.jit(copy_step, donate_argnums=(0,), out_shardings=kv_out)
-            return jitted.lower(kv, packed((2, key[1])))
-        if key[0] == "decode":
-            _, bucket, variant, *_ = key
-            function = decode_step(self._spec, bucket, variant)
-            uploads = [packed(layout.decode_layout(bucket).size)]
-        else:
-            _, tokens, rows, variant, *widths = key
-            function = prefill_step(self._spec, tokens, rows, variant)
-            ints, floats = layout.prefill_layouts(tokens, rows, self.max_pages, *widths, full=variant.full)
-            uploads = [packed(ints.size), packed(floats.size, jnp.float32)]
-        state_out = jax.tree.map(lambda _: put, self._state_shapes)
-        jitted = jax.jit(function, donate_argnums=(1, 2), out_shardings=(put, kv_out, state_out))
-        return jitted.lower(self._abstract_weights, kv, self._state_shapes, *uploads)
+    @property
+    def kv_shape(self) -> KVShape:
+        return self._shapes.kv
 
     @property
     def compile_count(self) -> int:
@@ -358,39 +331,34 @@ class Runner:
         )
 
     def _launch_decode(self, plan: Plan) -> Launched:
-        cached = self._decode_cache
-        if cached is None or plan.membership_changed or plan.page_updates:
+        decode = self._decode
+        if decode is None or plan.membership_changed:
+            variant = self._variant(request.row for request in plan.lanes)
+            decode = DecodeUpload(
+                key=self._decode_key(self._decode_bucket(len(plan.lanes)), variant),
+                packed=None,
+                wants_logprobs=variant.full and any(r.return_logprob for r in plan.lanes),
+                wants_hidden=self.config.return_hidden and any(r.return_hidden for r in plan.lanes),
+            )
+        if decode.packed is None or plan.page_updates:
+            # Without news the upload of the step before serves again: its page updates are in place already.
             self.mirror.assign_pages(plan.page_updates)
-            if cached is None or plan.membership_changed:
-                variant = self._variant(request.row for request in plan.lanes)
-                bucket = self._decode_bucket(len(plan.lanes))
-            else:
-                variant, bucket, _ = cached
-            packed = self._put(pack_decode(plan, bucket, self.config.rows))
-            cached = self._decode_cache = (variant, bucket, packed)
-        variant, bucket, packed = cached
-        step = self._steps.get(self._decode_key(bucket, variant))
-        output, self.kv, self.state = step(self.weights, self.kv, self.state, packed)
-        return Launched(
-            plan,
-            output,
-            wants_logprobs=variant.full and any(r.return_logprob for r in plan.lanes),
-            wants_input_logprobs=False,
-            wants_hidden=self.config.return_hidden and any(r.return_hidden for r in plan.lanes),
-        )
+            packed = self._put(pack_decode(plan, decode.key.size, self.config.rows))
+            decode = dataclasses.replace(decode, packed=packed)
+        self._decode = decode
+        output = self._run(decode.key, decode.packed)
+        return Launched(plan, output, decode.wants_logprobs, False, decode.wants_hidden)
 
     def _launch_prefill(self, plan: Plan) -> Launched:
-        self._decode_cache = None
+        self._decode = None
         self._widen(plan)
         fresh = [self.mirror.claim(chunk.request) for chunk in plan.chunks]
         self.mirror.assign_pages(plan.page_updates)
         requests = [chunk.request for chunk in plan.chunks] + list(plan.lanes)
         variant = self._variant(request.row for request in requests)
-        tokens = sum(chunk.length for chunk in plan.chunks) + len(plan.lanes)
-        bucket = self._prefill_bucket(tokens, len(requests))
+        bucket = self._prefill_bucket(plan.num_tokens, len(requests))
         uploads = pack_prefill(plan, self.mirror, fresh, *bucket, variant)
-        step = self._steps.get(self._prefill_key(bucket, variant))
-        output, self.kv, self.state = step(self.weights, self.kv, self.state, *map(self._put, uploads))
+        output = self._run(self._prefill_key(bucket, variant), *uploads)
         return Launched(
             plan,
             output,
@@ -401,9 +369,9 @@ class Runner:
 
     def _copy_pages(self, copies: Sequence[tuple[int, int]]) -> None:
         key = self._copy_key()
-        for first in range(0, len(copies), key[1]):
-            part = np.array(copies[first : first + key[1]], np.int32)
-            packed = np.full((2, key[1]), self.kv_shape.num_pages, np.int32)
+        for first in range(0, len(copies), key.size):
+            part = np.array(copies[first : first + key.size], np.int32)
+            packed = np.full((2, key.size), self.kv_shape.num_pages, np.int32)
             packed[0] = 0
             packed[:, : len(part)] = part.T
             self.kv = self._steps.get(key)(self.kv, self._put(packed))
@@ -411,9 +379,9 @@ class Runner:
     def _put(self, array: np.ndarray) -> jax.Array:
         return jax.device_put(array, self._replicated)
 
-    def _variant(self, rows) -> Variant:
+    def _variant(self, rows: Iterable[int]) -> Variant:
         """The least start-up variant that covers the rows (a wider one where a row wants more)."""
-        needs = [self.mirror.needs[row] for row in rows]
+        needs = [n for row in rows if (n := self.mirror.needs[row]) is not None]
         sample = any(n.sample for n in needs)
         full = any(n.full for n in needs)
         top = max((n.top_logprobs for n in needs), default=0)
@@ -445,7 +413,7 @@ class Runner:
             or chunk.request.params.logit_bias
             or chunk.request.params.min_new_tokens
         ]
-        edit, ids = self._widths()
+        edit, ids = self._shapes.widths
         wanted = (
             max((n.edit_width for n in needs), default=0),
             max((n.logprob_width for n in needs), default=0),
@@ -454,14 +422,14 @@ class Runner:
             return
         widths = max(edit, _power_of_two(wanted[0])), max(ids, _power_of_two(wanted[1]))
         self.mirror.widen(*widths)
-        self._state_shapes = self._lane_shapes(*widths)
+        self._shapes = self._shapes_of(self.kv_shape, widths)
 
         def pad(field: jax.Array, spec: jax.ShapeDtypeStruct, fill: int) -> jax.Array:
             extra = spec.shape[1] - field.shape[1]
             padded = jnp.pad(field, ((0, 0), (0, extra)), constant_values=fill)
             return jax.device_put(padded, self._replicated)
 
-        shapes, state = self._state_shapes, self.state
+        shapes, state = self._shapes.state, self.state
         self.state = dataclasses.replace(
             state,
             edit_ids=pad(state.edit_ids, shapes.edit_ids, -1),
@@ -472,7 +440,7 @@ class Runner:
 
     def shutdown(self) -> None:
         """Returns every device buffer the runner owns."""
-        self._decode_cache = None
+        self._decode = None
         self._steps.clear()
         for array in jax.tree.leaves((self.weights, self.kv, self.state)):
             array.delete()
@@ -481,19 +449,3 @@ class Runner:
 
 def _power_of_two(n: int) -> int:
     return 1 << max(0, n - 1).bit_length()
-
-
-def _bytes(spec) -> int:
-    return int(np.prod(spec.shape)) * spec.dtype.itemsize
-
-
-def _shard_bytes(spec: jax.ShapeDtypeStruct) -> int:
-    """Bytes of one device's shard."""
-    shape = spec.sharding.shard_shape(spec.shape)
-    return int(np.prod(shape)) * spec.dtype.itemsize
-
-
-def _temp_bytes(step) -> int:
-    """Temporary and output memory of a compiled step, as the compiler planned it."""
-    analysis = step.memory_analysis()
-    return int(analysis.temp_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes)

@@ -171,7 +171,7 @@ def test_bad_starts_leave_nothing_behind():
         with pytest.raises(error):
             start(**options)
     assert engine_threads() == threads
-    assert live_bytes() == memory
+    assert live_bytes() <= memory  # less, where something older was collected meanwhile
 
 
 # Contract 5: the end
@@ -186,7 +186,7 @@ def test_shutdown_returns_all_memory_and_a_second_engine_starts_at_once():
         assert live_bytes() > memory
         engine.shutdown()
         # The engine object, and its results, are still referenced.
-        assert live_bytes() == memory
+        assert live_bytes() <= memory  # less, where something older was collected meanwhile
         assert engine_threads() == threads
         engine.shutdown()
         for method in (engine.get_server_info, engine.flush_cache, engine.abort_request):
@@ -214,7 +214,7 @@ def test_shutdown_in_the_middle_of_everything():
         caller.join(20)
     assert len(errors) == 12 and all(isinstance(error, RuntimeError) for error in errors)
     del callers
-    assert live_bytes() == memory
+    assert live_bytes() <= memory  # less, where something older was collected meanwhile
     assert engine_threads() == threads
 
 

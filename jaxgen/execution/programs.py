@@ -1,0 +1,108 @@
+"""Compiled steps by key: what a key means, and how its step is lowered for the shapes in force."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxgen.execution import layout
+from jaxgen.execution.kv_cache import KVShape
+from jaxgen.execution.lanes import LaneState
+from jaxgen.execution.sampler import Variant
+from jaxgen.execution.step import StepSpec, copy_step, decode_step, prefill_step
+
+COPY, DECODE, PREFILL = "copy", "decode", "prefill"
+
+
+class StepKey(NamedTuple):
+    """One compiled step.
+
+    size: pages (copy), lanes (decode) or packed tokens (prefill). rows: prefill only. widths: of the sparse
+    edits and of the requested log-probabilities in the lane state.
+    """
+
+    kind: str
+    size: int
+    rows: int = 0
+    variant: Variant | None = None
+    widths: tuple[int, int] = (0, 0)
+
+    def __str__(self) -> str:
+        shape = f"{self.size} x {self.rows}" if self.kind == PREFILL else str(self.size)
+        return f"{self.kind} {shape} {tuple(self.variant) if self.variant else ''}".rstrip()
+
+
+@dataclasses.dataclass(frozen=True)
+class Shapes:
+    """The abstract arguments that all steps share."""
+
+    kv: KVShape
+    state: LaneState  # jax.ShapeDtypeStruct leaves
+
+    @property
+    def max_pages(self) -> int:
+        return self.state.page_table.shape[1]
+
+    @property
+    def widths(self) -> tuple[int, int]:
+        return self.state.edit_width, self.state.logprob_width
+
+
+@dataclasses.dataclass(frozen=True)
+class Programs:
+    """Lowers and compiles steps of one model on one mesh.
+
+    weights: abstract leaves with shardings. precise: float32 arithmetic; on a GPU the default would be tf32.
+    """
+
+    spec: StepSpec
+    weights: tuple[jax.ShapeDtypeStruct, ...]
+    replicated: jax.sharding.Sharding
+    kv_sharding: jax.sharding.Sharding
+    precise: bool
+
+    def compile(self, key: StepKey, shapes: Shapes) -> jax.stages.Compiled:
+        with jax.default_matmul_precision("highest" if self.precise else "default"):
+            return self._lower(key, shapes).compile()
+
+    def _lower(self, key: StepKey, shapes: Shapes) -> jax.stages.Lowered:
+        kv = shapes.kv.abstract(self.kv_sharding)
+        kv_out = (self.kv_sharding,) * len(kv)
+        if key.kind == COPY:
+            jitted = jax.jit(copy_step, donate_argnums=(0,), out_shardings=kv_out)
+            return jitted.lower(kv, self._upload((2, key.size)))
+        assert key.variant is not None
+        if key.kind == DECODE:
+            function = decode_step(self.spec, key.size, key.variant)
+            uploads = [self._upload((layout.decode_layout(key.size).size,))]
+        else:
+            function = prefill_step(self.spec, key.size, key.rows, key.variant)
+            ints, floats = layout.prefill_layouts(
+                key.size, key.rows, shapes.max_pages, *key.widths, full=key.variant.full
+            )
+            uploads = [self._upload((ints.size,)), self._upload((floats.size,), jnp.float32)]
+        state_out = jax.tree.map(lambda _: self.replicated, shapes.state)
+        jitted = jax.jit(function, donate_argnums=(1, 2), out_shardings=(self.replicated, kv_out, state_out))
+        return jitted.lower(self.weights, kv, shapes.state, *uploads)
+
+    def _upload(self, shape: tuple[int, ...], dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=self.replicated)
+
+
+def temporary_bytes(step: jax.stages.Compiled) -> int:
+    """Temporary and fresh output memory of a compiled step per device, as the compiler planned it."""
+    analysis: Any = step.memory_analysis()
+    return int(analysis.temp_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes)
+
+
+def array_bytes(spec: jax.ShapeDtypeStruct) -> int:
+    return int(np.prod(spec.shape)) * spec.dtype.itemsize
+
+
+def shard_bytes(spec: jax.ShapeDtypeStruct) -> int:
+    """Bytes of one device's shard."""
+    return int(np.prod(spec.sharding.shard_shape(spec.shape))) * spec.dtype.itemsize
