@@ -21,6 +21,11 @@ def write_kv(
 ) -> tuple[jax.Array, jax.Array]:
     """Store the keys and values of T tokens. See `kernels_pallas.write_kv`."""
     num_pages, _, page_size, _ = k_pages.shape
+    if slots.shape[0] == 1:
+        # XLA turns the scatter of a single row into a dynamic-update-slice, around which it may copy the whole
+        # pool; two rows, one of them dropped, are written in place.
+        slots = jnp.concatenate([slots, jnp.full_like(slots, num_pages * page_size)])
+        k, v = (jnp.concatenate([x, x]) for x in (k, v))
     inside = (slots >= 0) & (slots < num_pages * page_size)
     page = jnp.where(inside, slots // page_size, num_pages)
     offset = slots % page_size
