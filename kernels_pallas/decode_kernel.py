@@ -59,9 +59,13 @@ def unsupported(q: jax.Array, k_pages: jax.Array, v_pages: jax.Array) -> str | N
     return None
 
 
-def paged_decode(q, k_pages, v_pages, page_table, lengths, *, sm_scale, window, softcap, sinks, config=None):
+def paged_decode(
+    q, k_pages, v_pages, page_table, lengths, *, sm_scale, window, softcap, sinks, deterministic
+):
     """`kernels_pallas.paged_decode` by the kernel; operands that `unsupported` accepts."""
-    if config is None:
+    if deterministic:
+        config = DecodeConfig(block_kv=64, stages=2, num_splits=8)  # whatever the batch
+    else:
         _, num_kv_heads, page_size, head_dim = k_pages.shape
         config = default_config(q.shape[0], num_kv_heads, head_dim, page_table.shape[1] * page_size)
     scale = float(q.shape[2] ** -0.5 if sm_scale is None else sm_scale)

@@ -6,7 +6,7 @@ page `page_table[row, t // S]` at offset `t % S`. Pages that no row uses, and of
 may hold anything.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -66,6 +66,7 @@ def paged_decode(
     window: int | None = None,
     softcap: float | None = None,
     sinks: jax.Array | None = None,
+    deterministic: bool = False,
     implementation: Implementation | None = None,
 ) -> jax.Array:
     """Attention of one query token per lane over its paged keys and values (grouped-query).
@@ -79,6 +80,7 @@ def paged_decode(
         window: only the last `window` positions are seen, the query's own among them.
         softcap: scores become `softcap * tanh(scores / softcap)`.
         sinks: [N], a logit per query head that takes part in the softmax and has no value.
+        deterministic: a kernel lane's bits do not depend on the size of its batch, at some cost in speed.
         implementation: 'reference' or 'mosaic' forces one; by default the kernel where it can run.
 
     Returns:
@@ -91,20 +93,12 @@ def paged_decode(
     if page_table.shape[0] != q.shape[0]:
         raise ValueError(f"page_table has {page_table.shape[0]} rows for {q.shape[0]} lanes")
     reason = decode_kernel.unsupported(q, k_pages, v_pages)
-    kernel = _runs_kernel("paged_decode", implementation, reason)
     page_table, lengths = _in_own_buffers(k_pages, page_table, lengths)
-    attend = decode_kernel.paged_decode if kernel else reference.paged_decode
-    return attend(
-        q,
-        k_pages,
-        v_pages,
-        page_table,
-        lengths,
-        sm_scale=sm_scale,
-        window=window,
-        softcap=softcap,
-        sinks=sinks,
-    )
+    operands = (q, k_pages, v_pages, page_table, lengths)
+    options: dict[str, Any] = {"sm_scale": sm_scale, "window": window, "softcap": softcap, "sinks": sinks}
+    if _runs_kernel("paged_decode", implementation, reason):
+        return decode_kernel.paged_decode(*operands, **options, deterministic=deterministic)
+    return reference.paged_decode(*operands, **options)
 
 
 def ragged_prefill(
@@ -125,7 +119,8 @@ def ragged_prefill(
 
     The keys and values of the chunks are already in the pages. Query j of a row of n query tokens sits at
     position `lengths[row] - n + j` and sees the positions up to its own, so cached prefixes, later chunks,
-    single decode tokens and a few speculative tokens are all the same case.
+    single decode tokens and a few speculative tokens are all the same case. The bits of a row
+    from the kernel do not depend on the other rows.
 
     Args:
         q: [T, N, H] packed; row r holds tokens `cu_seqlens[r]` to `cu_seqlens[r + 1]`.

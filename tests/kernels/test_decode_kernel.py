@@ -1,5 +1,7 @@
 """The paged decode kernel: lowered for Hopper, interpreted with race detection on CPUs, run on a GPU."""
 
+import functools
+
 import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
@@ -45,6 +47,21 @@ def test_interpreted_kernel_is_softmax_attention_without_races(
             q, kv, config, sinks=sinks, interpret=plgpu.InterpretGPUParams(detect_races=True), **options
         )
     assert oracle.relative_error(got, oracle.decode(q, kv, sinks=sinks, **options)) < 1e-2
+
+
+@pytest.mark.parametrize("window", [None, 90])
+def test_deterministic_lane_has_the_same_bits_alone_and_in_a_batch(window, monkeypatch):
+    q, kv = inputs([300, 70, 129], 4, 1, 64, 16)
+    kernel = functools.partial(decode_kernel._decode, interpret=plgpu.InterpretGPUParams())
+    monkeypatch.setattr(decode_kernel, "_decode", lambda *args: kernel(*args[:-1]))
+
+    def attend(lanes):
+        operands = (q[lanes], kv.k_pages, kv.v_pages, kv.page_table[lanes], kv.lengths[lanes])
+        return np.asarray(paged_decode(*operands, window=window, deterministic=True, implementation="mosaic"))
+
+    together = attend(slice(0, 3))
+    for lane in range(3):
+        np.testing.assert_array_equal(attend(slice(lane, lane + 1))[0], together[lane])
 
 
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
