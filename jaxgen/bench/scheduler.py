@@ -115,7 +115,8 @@ def run(args: argparse.Namespace) -> int:
     try:
         loop.submit(_requests(args.requests, args.input_len, args.page_size, new_tokens))
         while not runner.done.wait(0.1):
-            if not loop.alive or not loop.call(lambda: loop.scheduler.has_unfinished):
+            running = loop.alive and loop.call(lambda: loop.scheduler.has_unfinished)
+            if not running and not runner.done.is_set():  # it may have been reached since the wait
                 raise RuntimeError("The engine loop stopped early") from loop.error
     finally:
         loop.stop()
