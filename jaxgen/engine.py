@@ -202,6 +202,8 @@ class Engine:
         factory, args = self._factory, self.server_args
         has_text = factory.tokenizer is not None
         request = factory.request(spec)
+        if self._runner is not None:
+            self._runner.require_compiled(request)
         response = Response(
             call,
             spec,

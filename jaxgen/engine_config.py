@@ -157,6 +157,15 @@ def runner_config_of(args: ServerArgs, model: ModelConfig, mesh: jax.sharding.Me
     platform = platform_of(mesh)
     largest_bucket = args.cuda_graph_max_bs_decode or 1
     rows = args.max_running_requests or largest_bucket
+    decode_at_start = not (args.disable_cuda_graph or args.disable_decode_cuda_graph)
+    prefill_at_start = not (args.disable_cuda_graph or args.disable_prefill_cuda_graph)
+    if args.strict_compile:
+        if not (decode_at_start and prefill_at_start):
+            raise ValueError(
+                "strict_compile=True needs the steps that disable_cuda_graph, disable_decode_cuda_graph and "
+                "disable_prefill_cuda_graph leave out at start-up; set only one of the two"
+            )
+        rows = min(rows, largest_bucket)  # a larger batch would have to be compiled
     param_dtype = param_dtype_of(args, model, platform)
     return RunnerConfig(
         page_size=args.page_size or 16,
@@ -172,16 +181,19 @@ def runner_config_of(args: ServerArgs, model: ModelConfig, mesh: jax.sharding.Me
         mem_fraction_static=args.mem_fraction_static,
         return_hidden=args.enable_return_hidden_states or args.return_hidden_states_mode is not None,
         original_logprobs=environment_flag("RETURN_ORIGINAL_LOGPROB"),
-        precompile_decode=not (args.disable_cuda_graph or args.disable_decode_cuda_graph),
-        precompile_prefill=not (args.disable_cuda_graph or args.disable_prefill_cuda_graph),
+        precompile_decode=decode_at_start,
+        precompile_prefill=prefill_at_start,
         strict_compile=args.strict_compile,
+        chunked=args.chunked_prefill_size is not None and args.chunked_prefill_size > 0,
     )
 
 
 def scheduler_config_of(args: ServerArgs, runner: RunnerConfig, pool_tokens: int) -> SchedulerConfig:
     """What the host half needs, once the size of the KV pool is known."""
     chunk = args.chunked_prefill_size
-    rows = runner.prefill_buckets[-1][1]
+    largest, rows = runner.prefill_buckets[-1]
+    if args.strict_compile and runner.chunked:
+        chunk = min(chunk or largest, largest // runner.page_size * runner.page_size)
     return SchedulerConfig(
         num_pages=pool_tokens // runner.page_size,
         page_size=runner.page_size,

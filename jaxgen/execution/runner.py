@@ -35,6 +35,7 @@ from jaxgen.models.config import ModelConfig
 from jaxgen.models.registry import ARCHITECTURES, build_model
 from jaxgen.scheduling.buckets import pick
 from jaxgen.scheduling.plan import Plan
+from jaxgen.scheduling.request import Request
 from jaxgen.sharding import abstract_params, sharding_for
 from jaxgen.startup import StartupReport
 
@@ -66,6 +67,7 @@ class RunnerConfig:
     precompile_decode: bool
     precompile_prefill: bool
     strict_compile: bool
+    chunked: bool  # prompts longer than the largest prefill bucket come in pieces
 
 
 @dataclasses.dataclass(frozen=True)
@@ -295,6 +297,33 @@ class Runner:
     def compile_count(self) -> int:
         """Steps compiled while serving, since start-up."""
         return self._steps.miss_count
+
+    def require_compiled(self, request: Request) -> None:
+        """Raises ValueError if strict_compile forbids what serving `request` would have to compile.
+
+        Called with every request before it is submitted: found out in the middle of a step, the same thing
+        would end the engine.
+        """
+        if not self.config.strict_compile:
+            return
+        needs, full = needs_of(request), self._lane_variants[-1]
+        edits, ids = self._shapes.widths
+        largest = self.config.prefill_buckets[-1][0]
+        for what, wanted, most in (
+            ("logit edits (logit_bias entries, and stop ids under min_new_tokens)", needs.edit_width, edits),
+            ("token_ids_logprob", needs.logprob_width, ids),
+            ("top_logprobs_num", needs.top_logprobs, full.top_logprobs),
+            (
+                "prompt tokens in one step",
+                0 if self.config.chunked else len(request.prompt_ids),
+                largest,
+            ),
+        ):
+            if wanted > most:
+                raise ValueError(
+                    f"{what}: {wanted} are more than the {most} that steps were compiled for at start-up, and "
+                    "strict_compile=True forbids compiling now; ask for less, or start without strict_compile"
+                )
 
     # ---- serving
 

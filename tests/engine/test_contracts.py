@@ -77,22 +77,40 @@ def test_a_wider_request_compiles_once_and_says_so():
             assert [entry[1] for entry in entries] == list(range(20))
 
 
-def test_strict_compile_fails_with_the_remedy_and_leaves_no_thread():
-    before = engine_threads()
-    engine = strict_engine()
-    pending = threading.Thread(target=lambda: errors.append(_error_of(engine, [5] * 9, greedy(240))))
-    errors: list[BaseException] = []
-    pending.start()
-    while internal_state(engine)["running_batch_size"] == 0:
-        time.sleep(0.001)
-    wide = greedy(5, logit_bias=dict.fromkeys(range(300), 0.0))
-    errors.append(_error_of(engine, [5] * 9, wide))
-    pending.join(20)
-    errors.append(_error_of(engine, [5] * 9, greedy(1)))  # later calls too
-    for error in errors:
-        assert isinstance(error, RuntimeError) and "strict_compile" in str(error)
-    engine.shutdown()
-    assert engine_threads() == before
+@pytest.mark.parametrize(
+    "demand",
+    [
+        {"sampling_params": greedy(5, logit_bias=dict.fromkeys(range(300), 0.0))},
+        {"sampling_params": greedy(5), "return_logprob": True, "top_logprobs_num": 30},
+        {"sampling_params": greedy(5), "return_logprob": True, "token_ids_logprob": list(range(40))},
+    ],
+    ids=["logit_bias", "top_logprobs", "token_ids"],
+)
+def test_strict_compile_refuses_what_would_compile_and_serves_the_next(engine, demand):
+    with pytest.raises(ValueError, match="strict_compile"):
+        engine.generate(input_ids=[5] * 9, **demand)
+    stream = engine.generate(input_ids=[5] * 9, stream=True, **demand)
+    with pytest.raises(ValueError, match="strict_compile"):
+        next(stream)
+    result = engine.generate(input_ids=[5] * 9, sampling_params=greedy(4))
+    assert len(result["output_ids"]) == 4 and result["meta_info"]["cache_miss_count"] == 0
+
+
+def test_strict_compile_bounds_batches_and_prompts_by_the_start_up_buckets():
+    options = {"cuda_graph_max_bs_decode": 2, "cuda_graph_bs_decode": None, "strict_compile": True}
+    with start(
+        chunked_prefill_size=64, cuda_graph_bs_prefill=[32], cuda_graph_max_bs_prefill=32, **options
+    ) as e:
+        results = e.generate(input_ids=[prompt_of(100, i) for i in range(6)], sampling_params=greedy(4))
+        assert [len(r["output_ids"]) for r in results] == [4] * 6
+    with start(
+        chunked_prefill_size=-1, cuda_graph_bs_prefill=[64], cuda_graph_max_bs_prefill=64, **options
+    ) as e:
+        with pytest.raises(ValueError, match="strict_compile"):
+            e.generate(input_ids=prompt_of(100), sampling_params=greedy(4))
+        assert len(e.generate(input_ids=prompt_of(60), sampling_params=greedy(4))["output_ids"]) == 4
+    with pytest.raises(ValueError, match="strict_compile"):
+        start(strict_compile=True, disable_cuda_graph=True)
 
 
 def _error_of(engine, ids, params):

@@ -4,14 +4,17 @@ import asyncio
 import gc
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 from tiny_engine import check_idle, golden_cases, greedy, prompt_of, start
 
 CASES = golden_cases()
+ROOT = Path(__file__).parents[2]
 
 
 def ask(case):
@@ -295,3 +298,36 @@ def test_an_engine_made_inside_a_running_loop_and_one_made_in_a_thread():
     asyncio.run(main())
     with made[0] as engine:
         assert right(engine.generate(**ask(CASES[3])), CASES[3])
+
+
+NESTED = """
+import asyncio, sys
+import nest_asyncio
+
+nest_asyncio.apply()
+sys.path.insert(0, "tests/engine")
+from tiny_engine import golden_cases, greedy, start
+
+case = golden_cases()[0]
+call = {"input_ids": case["prompt_ids"], "sampling_params": greedy(16)}
+
+
+async def main(engine):
+    outputs = [engine.generate(**call), await engine.async_generate(**call)]
+    # The nested run that nest_asyncio exists for.
+    outputs.append(asyncio.get_event_loop().run_until_complete(engine.async_generate(**call)))
+    outputs.append([chunk async for chunk in await engine.async_generate(**call, stream=True)][-1])
+    return outputs
+
+
+with start() as engine:
+    for output in asyncio.run(main(engine)):
+        assert output["output_ids"] == case["greedy_ids"][:16]
+print("nested loops work")
+"""
+
+
+def test_under_nest_asyncio():
+    """It is neither needed nor broken; in a process of its own, since it patches asyncio for good."""
+    done = subprocess.run([sys.executable, "-c", NESTED], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "nested loops work\n", done.stderr
