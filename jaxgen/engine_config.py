@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from jaxgen.execution.kv_cache import device_memory_bytes
 from jaxgen.execution.runner import RunnerConfig
+from jaxgen.layers.attention import AttentionBackends
 from jaxgen.models.config import ModelConfig
 from jaxgen.scheduling.buckets import decode_buckets, prefill_buckets
 from jaxgen.scheduling.plan import SchedulerConfig
@@ -177,6 +178,10 @@ def runner_config_of(args: ServerArgs, model: ModelConfig, mesh: jax.sharding.Me
         prefill_buckets=_prefill_shapes(args, rows, platform),
         param_dtype=param_dtype,
         kv_dtype=kv_dtype_of(args, param_dtype),
+        attention=AttentionBackends.named(
+            args.prefill_attention_backend or args.attention_backend,
+            args.decode_attention_backend or args.attention_backend,
+        ),
         max_total_tokens=args.max_total_tokens,
         mem_fraction_static=args.mem_fraction_static,
         return_hidden=args.enable_return_hidden_states or args.return_hidden_states_mode is not None,

@@ -1,5 +1,21 @@
 """Attention, KV-cache and sampling kernels for paged LLM inference. Depends on jax alone."""
 
-from kernels_pallas.ops import copy_pages, gumbel_noise, paged_decode, ragged_prefill, sample, write_kv
+from kernels_pallas.ops import (
+    Implementation,
+    copy_pages,
+    gumbel_noise,
+    paged_decode,
+    ragged_prefill,
+    sample,
+    write_kv,
+)
 
-__all__ = ["copy_pages", "gumbel_noise", "paged_decode", "ragged_prefill", "sample", "write_kv"]
+__all__ = [
+    "Implementation",
+    "copy_pages",
+    "gumbel_noise",
+    "paged_decode",
+    "ragged_prefill",
+    "sample",
+    "write_kv",
+]

@@ -31,6 +31,7 @@ from jaxgen.execution.programs import (
 )
 from jaxgen.execution.sampler import GREEDY, SAMPLE, Logprobs, Variant
 from jaxgen.execution.step import StepOutput, StepSpec
+from jaxgen.layers.attention import AttentionBackends
 from jaxgen.models.config import ModelConfig
 from jaxgen.models.registry import ARCHITECTURES, build_model
 from jaxgen.scheduling.buckets import pick
@@ -60,6 +61,7 @@ class RunnerConfig:
     prefill_buckets: tuple[tuple[int, int], ...]  # (packed tokens, rows)
     param_dtype: Any
     kv_dtype: Any
+    attention: AttentionBackends
     max_total_tokens: int | None
     mem_fraction_static: float | None
     return_hidden: bool
@@ -147,7 +149,9 @@ class Runner:
     def _build_model(self) -> tuple[Programs, dict[str, jax.ShapeDtypeStruct]]:
         """(steps of the model, parameter path -> shape, dtype and sharding), without allocating anything."""
         config, dtype = self.model_config, self.config.param_dtype
-        model = nnx.eval_shape(lambda: build_model(config, dtype, mesh=self.mesh))
+        model = nnx.eval_shape(
+            lambda: build_model(config, dtype, mesh=self.mesh, backends=self.config.attention)
+        )
         params = abstract_params(model, self.mesh)
         graphdef, state = nnx.split(model)
         spec = StepSpec(

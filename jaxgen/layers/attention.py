@@ -13,7 +13,7 @@ from jaxgen.layers.linear import Linear
 from jaxgen.layers.norm import RMSNorm, rms_norm
 from jaxgen.layers.param import TENSOR_AXIS, LogicalAxes
 from jaxgen.layers.rope import apply_rope
-from kernels_pallas import paged_decode, ragged_prefill, write_kv
+from kernels_pallas import Implementation, paged_decode, ragged_prefill, write_kv
 
 KVPages = list[tuple[jax.Array, jax.Array]]
 """Per layer (k_pages, v_pages), each [P, K, S, H]."""
@@ -45,6 +45,26 @@ class DecodeBatch:
 AttentionBatch = PrefillBatch | DecodeBatch
 
 
+@dataclass(frozen=True)
+class AttentionBackends:
+    """`implementation` of `kernels_pallas` ops by phase: None is a kernel where one can run."""
+
+    prefill: Implementation | None = None
+    decode: Implementation | None = None
+
+    @classmethod
+    def named(cls, prefill: str | None, decode: str | None) -> "AttentionBackends":
+        """By option value: "xla" is the plain implementation; "pallas", and any other, what runs best."""
+
+        def implementation(name: str | None) -> Implementation | None:
+            return "reference" if name == "xla" else None
+
+        return cls(implementation(prefill), implementation(decode))
+
+
+AUTOMATIC = AttentionBackends()
+
+
 def attend(
     q: jax.Array,
     k: jax.Array,
@@ -54,6 +74,7 @@ def attend(
     batch: AttentionBatch,
     *,
     window: int | None,
+    backends: AttentionBackends = AUTOMATIC,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Store the new keys and values, then attend to everything the batch's rows have stored.
 
@@ -62,10 +83,25 @@ def attend(
     k_pages, v_pages = write_kv(k_pages, v_pages, k, v, batch.slots)
     heads = q.reshape(q.shape[0], -1, q.shape[-1])  # [T, N, H]
     if isinstance(batch, DecodeBatch):
-        o = paged_decode(heads, k_pages, v_pages, batch.page_table, batch.lengths, window=window)
+        o = paged_decode(
+            heads,
+            k_pages,
+            v_pages,
+            batch.page_table,
+            batch.lengths,
+            window=window,
+            implementation=backends.decode,
+        )
     else:
         o = ragged_prefill(
-            heads, k_pages, v_pages, batch.page_table, batch.cu_seqlens, batch.lengths, window=window
+            heads,
+            k_pages,
+            v_pages,
+            batch.page_table,
+            batch.cu_seqlens,
+            batch.lengths,
+            window=window,
+            implementation=backends.prefill,
         )
     return o.reshape(q.shape), k_pages, v_pages
 
@@ -90,6 +126,7 @@ class Attention(nnx.Module):
         qk_norm_epsilon: float | None = None,
         window: int | None = None,
         mesh: Mesh | None = None,
+        backends: AttentionBackends = AUTOMATIC,
     ):
         """`qk_norm_epsilon`: None leaves q and k unnormalised. `window`: None sees the whole context."""
         group = num_heads // num_kv_heads
@@ -103,6 +140,7 @@ class Attention(nnx.Module):
             self.k_norm = RMSNorm(head_dim, qk_norm_epsilon, dtype, axis=None)
         self.window = window
         self.mesh = mesh
+        self.backends = backends
 
     def __call__(
         self,
@@ -129,7 +167,7 @@ class Attention(nnx.Module):
         return rms_norm(qk, weight, self.q_norm.epsilon)
 
     def _attend(self, q, k, v, k_pages, v_pages, batch):
-        attention = partial(attend, window=self.window)
+        attention = partial(attend, window=self.window, backends=self.backends)
         if self.mesh is not None and self.mesh.shape[TENSOR_AXIS] > 1:
             heads = P(None, TENSOR_AXIS)
             attention = jax.shard_map(

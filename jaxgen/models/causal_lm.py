@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from jaxgen.layers.attention import Attention, AttentionBatch, KVPages
+from jaxgen.layers.attention import AUTOMATIC, Attention, AttentionBackends, AttentionBatch, KVPages
 from jaxgen.layers.embed import Embed
 from jaxgen.layers.mlp import GatedMLP
 from jaxgen.layers.norm import RMSNorm
@@ -21,7 +21,14 @@ from jaxgen.models.weights import Part, WeightSource
 class DecoderLayer(nnx.Module):
     """x + attention(norm(x)), then x + mlp(norm(x))."""
 
-    def __init__(self, config: ModelConfig, index: int, dtype: jnp.dtype, mesh: Mesh | None):
+    def __init__(
+        self,
+        config: ModelConfig,
+        index: int,
+        dtype: jnp.dtype,
+        mesh: Mesh | None,
+        backends: AttentionBackends,
+    ):
         self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
         self.attention = Attention(
             hidden_size=config.hidden_size,
@@ -34,6 +41,7 @@ class DecoderLayer(nnx.Module):
             qk_norm_epsilon=config.rms_norm_eps if config.qk_norm else None,
             window=config.sliding_windows[index],
             mesh=mesh,
+            backends=backends,
         )
         self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
         self.mlp = GatedMLP(
@@ -68,10 +76,19 @@ class CausalLM(nnx.Module):
     step, which costs more than the compile time it saves.
     """
 
-    def __init__(self, config: ModelConfig, dtype: jnp.dtype, *, mesh: Mesh | None = None):
+    def __init__(
+        self,
+        config: ModelConfig,
+        dtype: jnp.dtype,
+        *,
+        mesh: Mesh | None = None,
+        backends: AttentionBackends = AUTOMATIC,
+    ):
         self.config = config
         self.embed = Embed(config.vocab_size, config.hidden_size, dtype)
-        self.layers = nnx.List([DecoderLayer(config, i, dtype, mesh) for i in range(config.num_layers)])
+        self.layers = nnx.List(
+            [DecoderLayer(config, i, dtype, mesh, backends) for i in range(config.num_layers)]
+        )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
         self.lm_head = (
             None if config.tie_word_embeddings else Embed(config.vocab_size, config.hidden_size, dtype)

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from jaxgen.layers.attention import AUTOMATIC, AttentionBackends
 from jaxgen.models.causal_lm import CausalLM
 from jaxgen.models.config import ModelConfig, UnsupportedModelError
 from jaxgen.models.llama import LlamaForCausalLM
@@ -35,10 +36,16 @@ def find_architecture(names: Sequence[str] | None) -> tuple[str, type[CausalLM]]
     )
 
 
-def build_model(config: ModelConfig, param_dtype: jnp.dtype, *, mesh: Mesh | None = None) -> CausalLM:
+def build_model(
+    config: ModelConfig,
+    param_dtype: jnp.dtype,
+    *,
+    mesh: Mesh | None = None,
+    backends: AttentionBackends = AUTOMATIC,
+) -> CausalLM:
     """Construct the model. Call it under `nnx.eval_shape` to get its structure without any allocation.
 
     `param_dtype` is the type of every parameter and of the computation between them. `mesh` is needed only
     when its tensor axis is wider than one.
     """
-    return ARCHITECTURES[config.architecture](config, param_dtype, mesh=mesh)
+    return ARCHITECTURES[config.architecture](config, param_dtype, mesh=mesh, backends=backends)
