@@ -11,14 +11,14 @@ _CONFIG_FILES = ["*.json", "tokenizer*", *(name for name in TOKENIZER_FILES if n
 _SECOND_COPIES = ["original/*", "consolidated*", "onnx/*", "openvino/*"]
 
 
-def download(model_id: str, revision: str | None, download_dir: str | None, *, weights: bool) -> Path:
+def download(model_id: str, revision: str | None, download_dir: str | None, *, weights: str | None) -> Path:
     """Fetch a model, or find it in the cache, and return its directory.
 
     Args:
         model_id: ``owner/name``.
         revision: Branch, tag or commit; the main branch when None.
         download_dir: Cache directory; the hub's default when None.
-        weights: Whether the weights are needed too.
+        weights: Pattern of the weight files to fetch; None for the configuration alone.
 
     Raises:
         CheckpointError: the model cannot be had.
@@ -29,7 +29,7 @@ def download(model_id: str, revision: str | None, download_dir: str | None, *, w
         raise CheckpointError(
             f"{model_id}: no such directory, and downloading needs the huggingface-hub package"
         ) from error
-    patterns = [*_CONFIG_FILES, *(["*.safetensors"] if weights else [])]
+    patterns = [*_CONFIG_FILES, *([weights] if weights else [])]
     try:
         directory = snapshot_download(
             model_id,

@@ -12,6 +12,7 @@ from jaxgen.checkpoint.dummy import ConfigSource, DummyCheckpoint, config_file
 from jaxgen.checkpoint.errors import CheckpointError
 from jaxgen.checkpoint.gguf import GGUFCheckpoint
 from jaxgen.checkpoint.safetensors import SafetensorsCheckpoint
+from jaxgen.checkpoint.torch_file import TorchCheckpoint
 from jaxgen.checkpoint.types import Checkpoint
 
 LOAD_FORMATS = ("auto", "safetensors", "pt", "gguf", "orbax", "dummy")
@@ -43,19 +44,18 @@ def open_checkpoint(
     """
     if load_format not in LOAD_FORMATS:
         raise ValueError(f"load_format must be one of {', '.join(LOAD_FORMATS)}, not {load_format!r}")
-    if load_format == "pt":
-        raise CheckpointError(
-            "load_format 'pt': PyTorch .bin and .pt files are pickles, which can run any code when they are "
-            "read; convert the model to safetensors"
-        )
     path = _locate(str(model_path), load_format, revision, download_dir)
     if load_format == "dummy":
         return DummyCheckpoint(_config_source(path))
-    found = _format(path)
+    found = "pt" if load_format == "pt" else _format(path)
     if load_format not in ("auto", found):
         raise CheckpointError(f"{path}: is a {found} checkpoint, but load_format is {load_format!r}")
     if found == "gguf":
         return GGUFCheckpoint(_gguf_file(path))
+    if found == "pt":
+        if not path.is_dir():
+            raise CheckpointError(f"{path}: expected a model directory with config.json and PyTorch files")
+        return TorchCheckpoint.open(path)
     return orbax.OrbaxCheckpoint.open(path) if found == "orbax" else SafetensorsCheckpoint.open(path)
 
 
@@ -71,7 +71,8 @@ def _locate(name: str, load_format: str, revision: str | None, download_dir: str
     if name.replace("-", "_") == demo.MODULE:
         return demo.demo_model_path()
     if _HUB_ID.fullmatch(name) and path.suffix not in (".json", ".gguf", ".safetensors"):
-        return hub.download(name, revision, download_dir, weights=load_format != "dummy")
+        patterns = {"dummy": None, "pt": "*.bin"}
+        return hub.download(name, revision, download_dir, weights=patterns.get(load_format, "*.safetensors"))
     raise CheckpointError(f"{name}: no such file or directory, and not the form of a hub id (owner/name)")
 
 
@@ -92,11 +93,10 @@ def _format(path: Path) -> str:
     if any(path.glob("*.gguf")):
         return "gguf"
     if any(path.glob("*.bin")) or any(path.glob("*.pt")) or any(path.glob("*.pth")):
-        raise CheckpointError(
-            f"{path}: holds only PyTorch pickles (.bin, .pt, .pth), which can run any code when they "
-            "are read; convert the model to safetensors"
-        )
-    raise CheckpointError(f"{path}: holds no weights (looked for .safetensors and .gguf files and for Orbax)")
+        return "pt"
+    raise CheckpointError(
+        f"{path}: holds no weights (looked for .safetensors, .gguf and .bin files and for Orbax)"
+    )
 
 
 def _gguf_file(path: Path) -> Path:

@@ -41,11 +41,9 @@ def test_unknown_formats_are_listed(tmp_path):
         open_checkpoint(tmp_path, "zip")
 
 
-def test_pickles_are_refused(tmp_path):
-    (tmp_path / "config.json").write_text("{}")
-    (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x04")
-    assert "safetensors" in refusal(tmp_path)
-    assert "pickle" in refusal(tmp_path, "pt")
+def test_a_pytorch_file_on_its_own_needs_its_directory(tmp_path):
+    (tmp_path / "pytorch_model.bin").write_bytes(b"PK")
+    assert "config.json" in refusal(tmp_path / "pytorch_model.bin", "pt")
 
 
 def test_several_gguf_files_are_listed(tmp_path):
@@ -148,6 +146,8 @@ def test_hub_downloads_ask_for_what_is_needed(tmp_path, monkeypatch):
     assert not any("bin" in pattern or "*.py" == pattern for pattern in asked["allow_patterns"])
     open_checkpoint("some-owner/some-model", "dummy")
     assert "*.safetensors" not in asked["allow_patterns"]
+    open_checkpoint("some-owner/some-model", "pt")
+    assert "*.bin" in asked["allow_patterns"] and "*.safetensors" not in asked["allow_patterns"]
 
 
 def test_an_offline_hub_says_what_was_tried(tmp_path, monkeypatch):
