@@ -52,6 +52,26 @@ def _check_size(path: Path) -> None:
         )
 
 
+def read_index(path: Path, suffix: str) -> dict[str, str]:
+    """Tensor name -> file of a sharded checkpoint's index, all of them files of the index's directory.
+
+    Raises:
+        CheckpointError: the index names no files, files elsewhere, or files that are not there.
+    """
+    weight_map = read_json(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{path}: has no weight_map")
+    for tensor, file in weight_map.items():
+        # A plain file name cannot lead out of the directory.
+        is_name = isinstance(file, str) and Path(file).name == file and "\\" not in file
+        if not is_name or not file.endswith(suffix):
+            raise CheckpointError(f"{path}: tensor {tensor!r} is said to be in {file!r}, not a file name")
+    missing = [file for file in sorted(set(weight_map.values())) if not (path.parent / file).is_file()]
+    if missing:
+        raise CheckpointError(f"{path}: names files that are not there: {', '.join(missing)}")
+    return dict(weight_map)
+
+
 def read_config(directory: Path) -> dict[str, Any]:
     """The ``config.json`` of a model directory."""
     path = directory / "config.json"

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from jaxgen.checkpoint.assemble import Params, Progress, assemble
-from jaxgen.checkpoint.directory import ModelDirectory, read_json
+from jaxgen.checkpoint.directory import ModelDirectory, read_index
 from jaxgen.checkpoint.errors import CheckpointError
 from jaxgen.checkpoint.torch_pickle import PickleRefused, TorchTensor, read_tensors
 from jaxgen.models.weights import WeightSource
@@ -103,27 +103,17 @@ class TorchReader:
         return self._files[self._index[name]].read(name)
 
     def _find_files(self) -> list[str]:
-        index = self.directory / INDEX
-        if not index.is_file():
-            found = [SINGLE] if (self.directory / SINGLE).is_file() else []
-            found = found or sorted(
-                p.name for p in self.directory.iterdir() if p.suffix in (".bin", ".pt", ".pth")
-            )
-            if len(found) == 1:
-                return found
-            raise CheckpointError(
-                f"{self.directory}: expected {SINGLE}, {INDEX}, or exactly one .bin, .pt or .pth file; found "
-                f"{', '.join(found) or 'none'}"
-            )
-        weight_map = read_json(index).get("weight_map")
-        named = list(weight_map.values()) if isinstance(weight_map, dict) else []
-        if not named or any(not isinstance(f, str) or Path(f).name != f or "\\" in f for f in named):
-            raise CheckpointError(f"{index}: its weight_map does not name files of this directory")
-        files = sorted(set(named))
-        missing = [file for file in files if not (self.directory / file).is_file()]
-        if missing:
-            raise CheckpointError(f"{index}: names files that are not there: {', '.join(missing)}")
-        return files
+        if (self.directory / INDEX).is_file():
+            return sorted(set(read_index(self.directory / INDEX, ".bin").values()))
+        if (self.directory / SINGLE).is_file():
+            return [SINGLE]
+        found = sorted(p.name for p in self.directory.iterdir() if p.suffix in (".bin", ".pt", ".pth"))
+        if len(found) == 1:
+            return found
+        raise CheckpointError(
+            f"{self.directory}: expected {SINGLE}, {INDEX}, or exactly one .bin, .pt or .pth file; found "
+            f"{', '.join(found) or 'none'}"
+        )
 
 
 class TorchCheckpoint(ModelDirectory):
