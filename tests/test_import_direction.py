@@ -101,6 +101,11 @@ def test_torch_is_imported_nowhere():
                 assert "torch" not in libraries(path), path
 
 
+def test_event_loops_are_left_as_they_are():
+    for path in files("jaxgen"):
+        assert not libraries(path) & {"nest_asyncio", "uvloop"}, path
+
+
 def test_importing_jaxgen_and_its_front_starts_no_backend():
     code = (
         "import jaxgen, sys\n"

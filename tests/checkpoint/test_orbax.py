@@ -1,5 +1,6 @@
 """Ready-to-run checkpoints: what comes back, and that damage is noticed rather than read as zeros."""
 
+import asyncio
 import json
 import shutil
 
@@ -37,6 +38,18 @@ def test_weights_and_configuration_come_back(saved):
     for path, value in tiny.expected(tiny.tensors()).items():
         np.testing.assert_array_equal(arrays[path], value)
     assert sum(counted) == sum(array.nbytes for array in arrays.values())
+
+
+def test_inside_a_running_event_loop(tmp_path):
+    """As when an engine is made in a notebook: Orbax itself would patch the loop, or refuse."""
+
+    async def cell():
+        orbax.save(tmp_path / "m", {"a": jnp.arange(6.0)}, CONFIG)
+        target = {"a": jax.ShapeDtypeStruct((6,), jnp.float32)}
+        return open_checkpoint(tmp_path / "m").load(target, {}, tiny.ignore)["a"]
+
+    np.testing.assert_array_equal(asyncio.run(cell()), np.arange(6.0))
+    assert not hasattr(asyncio, "_nest_patched")
 
 
 def test_weights_are_restored_sharded_and_cast(saved):
