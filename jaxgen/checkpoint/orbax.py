@@ -12,12 +12,11 @@ sizes in ``jaxgen_checkpoint.json`` are what tells a damaged copy from a whole o
 
 from __future__ import annotations
 
-import concurrent.futures
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -72,12 +71,8 @@ def save(
     try:
         tree = dict(params)
         chunked = {name: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES) for name in tree}
-
-        def write() -> None:
-            with _checkpointer() as checkpointer:
-                checkpointer.save(partial / WEIGHTS, args=ocp.args.PyTreeSave(tree, save_args=chunked))
-
-        _away_from_event_loops(write)
+        with _checkpointer() as checkpointer:
+            checkpointer.save(partial / WEIGHTS, args=ocp.args.PyTreeSave(tree, save_args=chunked))
         _write_json(partial / "config.json", dict(config))
         if generation_config:
             _write_json(partial / "generation_config.json", dict(generation_config))
@@ -119,16 +114,12 @@ class OrbaxCheckpoint(ModelDirectory):
             for path, target in params.items()
         }
         restore_args = ocp.checkpoint_utils.construct_restore_args(targets)
-
-        def read() -> dict[str, jax.Array]:
+        try:
             with _checkpointer() as checkpointer:
-                return checkpointer.restore(
+                arrays = checkpointer.restore(
                     (self.path / WEIGHTS).absolute(),
                     args=ocp.args.PyTreeRestore(item=targets, restore_args=restore_args),
                 )
-
-        try:
-            arrays = _away_from_event_loops(read)
         except Exception as error:  # Orbax and TensorStore raise many kinds for damaged files
             raise CheckpointError(f"{self.path / WEIGHTS}: cannot be restored: {error}") from error
         for array in arrays.values():
@@ -169,12 +160,6 @@ class OrbaxCheckpoint(ModelDirectory):
             if found != size:
                 state = "is missing" if found is None else f"has {found} bytes, expected {size}"
                 raise CheckpointError(f"{file}: {state}; copy or convert the model again")
-
-
-def _away_from_event_loops[T](function: Callable[[], T]) -> T:
-    """Calls `function` on a thread of its own: inside a running loop Orbax would patch asyncio, or fail."""
-    with concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="jaxgen-orbax") as thread:
-        return thread.submit(function).result()
 
 
 def _checkpointer() -> Any:

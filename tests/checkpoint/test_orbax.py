@@ -41,7 +41,7 @@ def test_weights_and_configuration_come_back(saved):
 
 
 def test_inside_a_running_event_loop(tmp_path):
-    """As when an engine is made in a notebook: Orbax itself would patch the loop, or refuse."""
+    """As when an engine is made in a notebook; Orbax must neither refuse nor patch the loop."""
 
     async def cell():
         orbax.save(tmp_path / "m", {"a": jnp.arange(6.0)}, CONFIG)
