@@ -17,6 +17,7 @@ from jaxgen.execution.kv_cache import device_memory_bytes
 from jaxgen.execution.runner import RunnerConfig
 from jaxgen.layers.attention import AttentionBackends
 from jaxgen.models.config import ModelConfig
+from jaxgen.scheduling import environment
 from jaxgen.scheduling.buckets import decode_buckets, prefill_buckets
 from jaxgen.scheduling.plan import SchedulerConfig
 from jaxgen.server_args import ServerArgs
@@ -40,13 +41,9 @@ MOST_PREFILL_ROWS = 64
 COARSE_BUCKETS = {"cpu": (1, 2, 4, 8, 16, 32, 64, 128)}
 
 
-def environment(name: str) -> str | None:
-    """`JAXGEN_<name>`, or `SGLANG_<name>` for programs written for SGLang."""
-    return os.environ.get(f"JAXGEN_{name}", os.environ.get(f"SGLANG_{name}"))
-
-
 def environment_flag(name: str) -> bool:
-    return (environment(name) or "").lower() in ("1", "true", "yes")
+    """Whether `JAXGEN_<name>`, or `SGLANG_<name>`, is set to a word for true."""
+    return (environment.read(name) or "").lower() in ("1", "true", "yes")
 
 
 def claim_device_memory(fraction: float | None) -> None:

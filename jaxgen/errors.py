@@ -24,7 +24,3 @@ class EngineDeadError(RuntimeError):
 
 class ModelLoadError(RuntimeError):
     """Weights, tokenizer or configuration could not be loaded."""
-
-
-class OutOfMemoryError(RuntimeError):
-    """The device cannot hold what was asked for; the message says what to lower."""

@@ -109,10 +109,7 @@ class EngineLoop:
         rids = list(rids)
         self._post(lambda: self._abort(rids))
 
-    def abort_all(self) -> None:
-        self._post(lambda: self._abort(list(self._live)))
-
-    def call(self, function: Callable[[], T], timeout: float | None = None) -> T:
+    def call(self, function: Callable[[], T]) -> T:
         """Runs `function` on the engine thread between two steps and returns its result."""
         if threading.current_thread() is self._thread:
             return function()
@@ -127,12 +124,10 @@ class EngineLoop:
         self._post(run)
         while True:
             try:
-                return future.result(timeout=0.1 if timeout is None else timeout)
+                return future.result(timeout=0.1)
             except concurrent.futures.TimeoutError:
                 if not self._thread.is_alive() and not future.done():
                     raise EngineDeadError("The engine has stopped") from self.error
-                if timeout is not None:
-                    raise
 
     def pause(self, mode: str) -> None:
         """Holds generation: "abort" ends every request, "retract" requeues the running, "in_place" freezes them."""

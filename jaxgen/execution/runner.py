@@ -31,7 +31,7 @@ from jaxgen.execution.programs import (
 )
 from jaxgen.execution.sampler import GREEDY, SAMPLE, Logprobs, Variant
 from jaxgen.execution.step import StepOutput, StepSpec
-from jaxgen.layers.attention import AttentionBackends
+from jaxgen.layers.attention import KV_PAGE_AXES, AttentionBackends
 from jaxgen.models.config import ModelConfig
 from jaxgen.models.registry import ARCHITECTURES, build_model
 from jaxgen.scheduling.buckets import pick
@@ -120,7 +120,7 @@ class Runner:
         self.config, self.model_config, self.mesh = config, model_config, mesh
         self.device = mesh.devices.flat[0]
         self._replicated = sharding_for(mesh, ())
-        self._kv_sharding = sharding_for(mesh, (None, "kv_heads", None, None))
+        self._kv_sharding = sharding_for(mesh, KV_PAGE_AXES)
         self._lane_variants = self._startup_variants()
         with report.phase("build model"):
             self._programs, params = self._build_model()

@@ -233,6 +233,7 @@ def test_an_exception_on_the_engine_thread_reaches_every_caller(caplog):
         with pytest.raises(RuntimeError, match="on fire") as failure:
             later()
         assert failure.value.__cause__ is cause
+    engine._loop._thread.join(10)  # callers hear of the end a moment before the thread is gone
     assert held()[1] == before[1]
     assert "on fire" in caplog.text
     engine.shutdown()
