@@ -6,8 +6,8 @@ Layout::
     MODEL/config.json, generation_config.json, tokenizer files
     MODEL/weights/                 written by Orbax
 
-The directory appears under its name only when complete. Orbax reads absent array chunks as zeros, so the
-sizes in ``jaxgen_checkpoint.json`` are what tells a damaged copy from a whole one.
+The directory appears under its name only when complete; the sizes in ``jaxgen_checkpoint.json`` tell a
+damaged copy from a whole one before anything is read.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ import numpy as np
 from jaxgen.checkpoint.assemble import Params, Progress, sharding_of
 from jaxgen.checkpoint.directory import ModelDirectory, read_json
 from jaxgen.checkpoint.errors import CheckpointError
+from jaxgen.checkpoint.zarr import read_array
 from jaxgen.models.weights import WeightSource
 
 FORMAT = "jaxgen-orbax"
@@ -33,8 +35,8 @@ VERSION = 1
 MARKER = "jaxgen_checkpoint.json"
 WEIGHTS = "weights"
 
-_CHUNK_BYTES = 8 << 20  # large arrays are read and written in parallel pieces of this size
-_CONCURRENT_GB = 8  # host memory for transfers; more than the largest parameter of any supported model
+_CONCURRENT_GB = 8  # host memory for writing; more than the largest parameter of any supported model
+_READERS = min(8, os.cpu_count() or 1)  # parameters read at a time
 
 
 def is_orbax(path: Path) -> bool:
@@ -70,9 +72,8 @@ def save(
     partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.partial-", dir=path.parent))
     try:
         tree = dict(params)
-        chunked = {name: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES) for name in tree}
         with _checkpointer() as checkpointer:
-            checkpointer.save(partial / WEIGHTS, args=ocp.args.PyTreeSave(tree, save_args=chunked))
+            checkpointer.save(partial / WEIGHTS, args=ocp.args.PyTreeSave(tree))
         _write_json(partial / "config.json", dict(config))
         if generation_config:
             _write_json(partial / "generation_config.json", dict(generation_config))
@@ -107,23 +108,23 @@ class OrbaxCheckpoint(ModelDirectory):
             CheckpointError: the directory is damaged, incomplete, or of another model or version.
         """
         self._check(params)
-        import orbax.checkpoint as ocp
+        weights = self.path / WEIGHTS
 
-        targets = {
-            path: jax.ShapeDtypeStruct(target.shape, target.dtype, sharding=sharding_of(target))
-            for path, target in params.items()
-        }
-        restore_args = ocp.checkpoint_utils.construct_restore_args(targets)
-        try:
-            with _checkpointer() as checkpointer:
-                arrays = checkpointer.restore(
-                    (self.path / WEIGHTS).absolute(),
-                    args=ocp.args.PyTreeRestore(item=targets, restore_args=restore_args),
-                )
-        except Exception as error:  # Orbax and TensorStore raise many kinds for damaged files
-            raise CheckpointError(f"{self.path / WEIGHTS}: cannot be restored: {error}") from error
-        for array in arrays.values():
-            progress(array.nbytes)
+        def restore(path: str) -> jax.Array:
+            target = params[path]
+            values = read_array(weights / path, tuple(target.shape)).astype(target.dtype, copy=False)
+            # Waiting here bounds the host buffers still being copied to a device.
+            return jax.device_put(values, sharding_of(target)).block_until_ready()
+
+        arrays: dict[str, jax.Array] = {}
+        with ThreadPoolExecutor(_READERS, thread_name_prefix="jaxgen-restore") as pool:
+            try:
+                for path, array in zip(params, pool.map(restore, params)):
+                    arrays[path] = array
+                    progress(array.nbytes)
+            except BaseException:
+                pool.shutdown(wait=True, cancel_futures=True)
+                raise
         return arrays
 
     def _check(self, params: Params) -> None:
@@ -171,7 +172,6 @@ def _checkpointer() -> Any:
             use_ocdbt=False,
             use_compression=False,
             save_concurrent_gb=_CONCURRENT_GB,
-            restore_concurrent_gb=_CONCURRENT_GB,
         )
     )
 
