@@ -36,6 +36,7 @@ DTYPES = {
 }
 # Smallest packed prefill step: below it the launch costs more than the tokens.
 SMALLEST_PREFILL = {"cpu": 32, "gpu": 64}
+HALF_STEPS_FROM = {"cpu": None, "gpu": 512}
 MOST_PREFILL_ROWS = 64
 # Decode buckets where compiling costs more than padding: a CPU compiles on the cores that are to generate.
 COARSE_BUCKETS = {"cpu": (1, 2, 4, 8, 16, 32, 64, 128)}
@@ -139,7 +140,10 @@ def _prefill_shapes(args: ServerArgs, rows: int, platform: str) -> tuple[tuple[i
     else:
         largest_compiled = largest
     sizes = prefill_buckets(
-        largest_compiled, min(SMALLEST_PREFILL[platform], largest_compiled), args.cuda_graph_bs_prefill
+        largest_compiled,
+        min(SMALLEST_PREFILL[platform], largest_compiled),
+        args.cuda_graph_bs_prefill,
+        HALF_STEPS_FROM[platform],
     )
 
     def row_count(tokens: int) -> int:

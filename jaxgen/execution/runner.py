@@ -34,7 +34,7 @@ from jaxgen.execution.step import StepOutput, StepSpec
 from jaxgen.layers.attention import KV_PAGE_AXES, AttentionBackends
 from jaxgen.models.config import ModelConfig
 from jaxgen.models.registry import ARCHITECTURES, build_model
-from jaxgen.scheduling.buckets import pick
+from jaxgen.scheduling.buckets import coarse, pick
 from jaxgen.scheduling.plan import Plan
 from jaxgen.scheduling.request import Request
 from jaxgen.sharding import abstract_params, sharding_for
@@ -245,9 +245,9 @@ class Runner:
         keys = [self._copy_key()]
         for variant in self._lane_variants:
             if config.precompile_prefill:
-                keys += [self._prefill_key(bucket, variant) for bucket in config.prefill_buckets]
+                keys += [self._prefill_key(bucket, variant) for bucket in self._prefill_buckets(variant)]
             if config.precompile_decode:
-                keys += [self._decode_key(bucket, variant) for bucket in config.decode_buckets]
+                keys += [self._decode_key(bucket, variant) for bucket in self._decode_buckets(variant)]
         # The largest first: they take longest.
         keys.sort(key=lambda key: -key.size)
         started = time.perf_counter()
@@ -277,6 +277,23 @@ class Runner:
             self._run(key, *pack_prefill(nothing, self.mirror, [], key.size, key.rows, key.variant))
 
     # ---- compiled steps
+
+    def _decode_buckets(self, variant: Variant) -> tuple[int, ...]:
+        """Lanes of the decode steps compiled for a variant."""
+        buckets = self.config.decode_buckets
+        return coarse(buckets) if self._is_rare(variant) else buckets
+
+    def _prefill_buckets(self, variant: Variant) -> tuple[tuple[int, int], ...]:
+        """(packed tokens, rows) of the prefill steps compiled for a variant."""
+        buckets = self.config.prefill_buckets
+        if not self._is_rare(variant):
+            return buckets
+        kept = coarse([tokens for tokens, _ in buckets])
+        return tuple(bucket for bucket in buckets if bucket[0] in kept)
+
+    def _is_rare(self, variant: Variant) -> bool:
+        """Whether a variant is one of several, and not for the common requests."""
+        return variant.full and len(self._lane_variants) > 1
 
     def _decode_key(self, bucket: int, variant: Variant) -> StepKey:
         return StepKey(DECODE, bucket, 0, variant, self._shapes.widths)
@@ -368,7 +385,7 @@ class Runner:
         if decode is None or plan.membership_changed:
             variant = self._variant(request.row for request in plan.lanes)
             decode = DecodeUpload(
-                key=self._decode_key(self._decode_bucket(len(plan.lanes)), variant),
+                key=self._decode_key(self._decode_bucket(len(plan.lanes), variant), variant),
                 packed=None,
                 wants_logprobs=variant.full and any(r.return_logprob for r in plan.lanes),
                 wants_hidden=self.config.return_hidden and any(r.return_hidden for r in plan.lanes),
@@ -389,7 +406,7 @@ class Runner:
         self.mirror.assign_pages(plan.page_updates)
         requests = [chunk.request for chunk in plan.chunks] + list(plan.lanes)
         variant = self._variant(request.row for request in requests)
-        bucket = self._prefill_bucket(plan.num_tokens, len(requests))
+        bucket = self._prefill_bucket(plan.num_tokens, len(requests), variant)
         uploads = pack_prefill(plan, self.mirror, fresh, *bucket, variant)
         output = self._run(self._prefill_key(bucket, variant), *uploads)
         return Launched(
@@ -425,14 +442,14 @@ class Runner:
             sample=True, full=True, top_logprobs=min(_power_of_two(top), self.model_config.vocab_size)
         )
 
-    def _decode_bucket(self, lanes_needed: int) -> int:
-        buckets = self.config.decode_buckets
+    def _decode_bucket(self, lanes_needed: int, variant: Variant) -> int:
+        buckets = self._decode_buckets(variant)
         if lanes_needed > buckets[-1]:
             return min(_power_of_two(lanes_needed), self.config.rows)
         return pick(buckets, lanes_needed)
 
-    def _prefill_bucket(self, tokens: int, rows: int) -> tuple[int, int]:
-        for bucket in self.config.prefill_buckets:
+    def _prefill_bucket(self, tokens: int, rows: int, variant: Variant) -> tuple[int, int]:
+        for bucket in self._prefill_buckets(variant):
             if bucket[0] >= tokens and bucket[1] >= rows:
                 return bucket
         return _power_of_two(tokens), max(_power_of_two(rows), self.config.prefill_buckets[-1][1])

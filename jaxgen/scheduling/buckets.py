@@ -36,9 +36,15 @@ def decode_buckets(max_lanes: int, explicit: Iterable[int] | None = None) -> tup
 
 
 def prefill_buckets(
-    max_tokens: int, smallest: int = 16, explicit: Iterable[int] | None = None
+    max_tokens: int,
+    smallest: int = 16,
+    explicit: Iterable[int] | None = None,
+    half_steps_from: int | None = None,
 ) -> tuple[int, ...]:
     """Ascending packed token counts of the prefill steps: powers of two from `smallest` to `max_tokens`.
+
+    From `half_steps_from` on there is one more between each two, half way, so that a step of that size or
+    more is padded by less than a half instead of doubled.
 
     Raises:
         ValueError: `max_tokens`, `smallest` or an explicit value below 1.
@@ -54,8 +60,15 @@ def prefill_buckets(
         size = smallest
         while size < max_tokens:
             wanted.append(size)
+            if half_steps_from is not None and size >= half_steps_from:
+                wanted.append(size + size // 2)
             size *= 2
     return (*(b for b in wanted if b < max_tokens), max_tokens)
+
+
+def coarse(buckets: Sequence[int]) -> tuple[int, ...]:
+    """The powers of two among `buckets`, and the largest: for steps too rare to compile at every size."""
+    return tuple(b for b in buckets if b & (b - 1) == 0 or b == buckets[-1])
 
 
 def pick(buckets: Sequence[int], n: int) -> int:
