@@ -28,7 +28,7 @@ from jaxgen.engine_config import (
 )
 from jaxgen.engine_info import model_info, server_info
 from jaxgen.errors import EngineDeadError, ModelLoadError
-from jaxgen.execution.compile import enable_persistent_cache
+from jaxgen.execution.compile import cache_directory
 from jaxgen.execution.runner import Runner
 from jaxgen.io import GenerateReqInput, InputContext, RequestInput
 from jaxgen.logs import set_log_level
@@ -106,7 +106,7 @@ class Engine:
         if args.gc_threshold is not None:
             gc.set_threshold(*args.gc_threshold)
         with report.phase("start backend"):
-            enable_persistent_cache(args.compilation_cache_dir)
+            cache = cache_directory(args.compilation_cache_dir)
             claim_device_memory(args.mem_fraction_static)
             mesh = pick_mesh(args)
             args = resolve_args(args, mesh)
@@ -122,7 +122,7 @@ class Engine:
                 tokenizer = checkpoint.load_tokenizer(path, args.tokenizer_mode, args.trust_remote_code)
         runner_config = runner_config_of(args, model, mesh)
         try:
-            self._runner = runner = Runner(checkpoint, model, runner_config, mesh, report)
+            self._runner = runner = Runner(checkpoint, model, runner_config, mesh, report, cache)
         except CheckpointError as error:
             raise ModelLoadError(str(error)) from error
         except jax.errors.JaxRuntimeError as error:

@@ -1,4 +1,4 @@
-"""Ahead-of-time compilation of step functions, in parallel, into a private persistent cache."""
+"""Ahead-of-time compilation of step functions, in parallel, and where its results are kept."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ class CompileForbiddenError(RuntimeError):
     """A step had to be compiled while serving, and the engine was started with strict_compile=True."""
 
 
-def enable_persistent_cache(directory: str | None) -> Path | None:
-    """Points JAX's compilation cache at a private directory (mode 0700) and caches every executable.
+def cache_directory(option: str | None) -> Path | None:
+    """The private directory (mode 0700) that keeps compiled steps for the next start; None to keep none.
 
-    directory: None = `$JAXGEN_COMPILATION_CACHE_DIR` or the user's cache folder; "" = leave the cache off.
-    A directory that JAX was already given (by its own variable or configuration) is kept.
-    Cached executables are code: a directory that others can write to, or own, is refused with ValueError.
+    option: None = `$JAXGEN_COMPILATION_CACHE_DIR` or the user's cache folder; "" = keep none. Where JAX has a
+    compilation cache of its own, by its variable or configuration, that one serves instead: a program that
+    came out of it cannot be stored again. A directory that others can write to, or own, is refused with
+    ValueError, since what is in it is executed.
     """
-    if directory is None:
-        directory = os.environ.get("JAXGEN_COMPILATION_CACHE_DIR")
+    directory = os.environ.get("JAXGEN_COMPILATION_CACHE_DIR") if option is None else option
     if directory == "":
         return None
+    if jax.config.jax_compilation_cache_dir and jax.config.jax_enable_compilation_cache:
+        return None
     if directory is None:
-        if jax.config.jax_compilation_cache_dir:
-            return Path(jax.config.jax_compilation_cache_dir)
         base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-        directory = os.path.join(base, "jaxgen", "xla")
+        directory = os.path.join(base, "jaxgen", "steps")
     path = Path(directory).expanduser()
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -47,10 +47,6 @@ def enable_persistent_cache(directory: str | None) -> Path | None:
             f"The compilation cache {path} is owned by or writable for somebody else, and its content is "
             'executed. Run `chmod go-w` on it, choose another compilation_cache_dir, or pass "" to go without.'
         )
-    if jax.config.jax_compilation_cache_dir != str(path):
-        jax.config.update("jax_compilation_cache_dir", str(path))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     return path
 
 

@@ -6,6 +6,7 @@ import dataclasses
 import logging
 import time
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -31,6 +32,7 @@ from jaxgen.execution.programs import (
 )
 from jaxgen.execution.sampler import GREEDY, SAMPLE, Logprobs, Variant
 from jaxgen.execution.step import StepOutput, StepSpec
+from jaxgen.execution.step_cache import StepCache
 from jaxgen.layers.attention import KV_PAGE_AXES, AttentionBackends
 from jaxgen.models.config import ModelConfig
 from jaxgen.models.registry import ARCHITECTURES, build_model
@@ -116,18 +118,19 @@ class Runner:
         config: RunnerConfig,
         mesh: jax.sharding.Mesh,
         report: StartupReport,
+        cache_directory: Path | None = None,
     ):
+        """`cache_directory`: where compiled steps are kept for the next start; None keeps none."""
         self.config, self.model_config, self.mesh = config, model_config, mesh
         self.device = mesh.devices.flat[0]
         self._replicated = sharding_for(mesh, ())
         self._kv_sharding = sharding_for(mesh, KV_PAGE_AXES)
         self._lane_variants = self._startup_variants()
         with report.phase("build model"):
-            self._programs, params = self._build_model()
+            self._programs, params = self._build_model(cache_directory)
         self.weight_bytes = sum(map(shard_bytes, params.values()))
-        self._steps: StepTable[StepKey] = StepTable(
-            lambda key: self._programs.compile(key, self._shapes), strict=config.strict_compile
-        )
+        self._cache = self._open_cache(cache_directory)
+        self._steps: StepTable[StepKey] = StepTable(self._build_step, strict=config.strict_compile)
         with report.phase("plan memory"):
             self._shapes = self._plan_shapes()
         self.mirror = RowMirror(config.rows, self._shapes.max_pages, *self._shapes.widths)
@@ -146,7 +149,7 @@ class Runner:
 
     # ---- start-up
 
-    def _build_model(self) -> tuple[Programs, dict[str, jax.ShapeDtypeStruct]]:
+    def _build_model(self, cache_directory: Path | None) -> tuple[Programs, dict[str, jax.ShapeDtypeStruct]]:
         """(steps of the model, parameter path -> shape, dtype and sharding), without allocating anything."""
         config, dtype = self.model_config, self.config.param_dtype
         model = nnx.eval_shape(
@@ -168,8 +171,34 @@ class Runner:
             replicated=self._replicated,
             kv_sharding=self._kv_sharding,
             precise=jnp.dtype(dtype) == jnp.float32,
+            tuning_directory=None if cache_directory is None else cache_directory / "autotune",
         )
         return programs, params
+
+    def _open_cache(self, directory: Path | None) -> StepCache | None:
+        if directory is None:
+            return None
+        config = self.config
+        computed_from = (
+            self.model_config,
+            config.page_size,
+            jnp.dtype(config.param_dtype),
+            jnp.dtype(config.kv_dtype),
+            config.attention,
+            config.return_hidden,
+            config.original_logprobs,
+            tuple(self.mesh.shape.items()),
+        )
+        return StepCache(directory, list(self.mesh.devices.flat), *computed_from)
+
+    def _build_step(self, key: StepKey) -> jax.stages.Compiled:
+        name = f"{key!r} {self._shapes!r}"
+        step = self._cache.load(name) if self._cache is not None else None
+        if step is None:
+            step = self._programs.compile(key, self._shapes)
+            if self._cache is not None:
+                self._cache.save(name, step)
+        return step
 
     def _load(
         self, checkpoint: Checkpoint, params: dict[str, jax.ShapeDtypeStruct], report: StartupReport
@@ -258,6 +287,8 @@ class Runner:
                 advance(1)
 
             self._steps.warm_up(keys, done)
+        if self._cache is not None:
+            self._cache.trim()
         if self.device.platform != "cpu":
             for key in keys:
                 self._run_empty(key)
