@@ -285,20 +285,24 @@ BENCHES: dict[str, Callable[[int, dict], list[dict]]] = {
 }
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m kernels_pallas.bench", description=__doc__)
-    parser.add_argument("ops", nargs="*", choices=[[], *BENCHES], help="operations to time (default: all)")
-    parser.add_argument("--repeats", type=int, default=3)
-    args = parser.parse_args(argv)
+def measure(ops: Sequence[str], repeats: int) -> dict:
+    """Times the operations (none named: all), printing each figure as it comes.
+
+    Returns:
+        {"device", "jax", "rates": {"read_bytes_per_s", "matrix_flops"}, "rows": [{"op", "case", "us", ...}]}.
+
+    Raises:
+        RuntimeError: there is no GPU, and a figure of another device would say nothing about the kernels.
+    """
     device = jax.devices()[0]
     if device.platform != "gpu":
-        parser.error("no GPU: a figure of another device would say nothing about the kernels")
-    rates = {"read_bytes_per_s": read_bandwidth(args.repeats), "matrix_flops": matrix_rate(args.repeats)}
+        raise RuntimeError(f"the kernels run on a GPU, and the device is a {device.platform}")
+    rates = {"read_bytes_per_s": read_bandwidth(repeats), "matrix_flops": matrix_rate(repeats)}
     print(f"{device.device_kind}: reads {rates['read_bytes_per_s'] / 1e12:.2f} TB/s, ", end="")
     print(f"multiplies {rates['matrix_flops'] / 1e12:.0f} TFLOP/s (bfloat16)")
     rows = []
-    for op in args.ops or BENCHES:
-        for row in BENCHES[op](args.repeats, rates):
+    for op in ops or BENCHES:
+        for row in BENCHES[op](repeats, rates):
             note = f"   target {row['target']:.0%}" if row.get("target") else ""
             note += f"   {row['tflops']:.0f} TFLOP/s" if "tflops" in row else ""
             print(
@@ -307,7 +311,18 @@ def main(argv: Sequence[str] | None = None) -> None:
                 flush=True,
             )
             rows.append(row)
-    print(json.dumps({"device": device.device_kind, "jax": jax.__version__, **rates, "rows": rows}))
+    return {"device": device.device_kind, "jax": jax.__version__, "rates": rates, "rows": rows}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m kernels_pallas.bench", description=__doc__)
+    parser.add_argument("ops", nargs="*", choices=[[], *BENCHES], help="operations to time (default: all)")
+    parser.add_argument("--repeats", type=int, default=3)
+    args = parser.parse_args(argv)
+    try:
+        print(json.dumps(measure(args.ops, args.repeats)))
+    except RuntimeError as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":
