@@ -243,28 +243,36 @@ SAMPLE_CASES = (  # name, lanes, vocabulary, temperature, top_k, top_p, min_p
 )
 
 
+def sample_inputs(lanes: int, vocab_size: int, options: Sequence[float]) -> tuple[list, list[jax.Array]]:
+    """(temperature, top_k, top_p, min_p) of `sample`, each [lanes], and sets of logits."""
+    sets = max(1, -(-2 * L2_BYTES // (lanes * vocab_size * 4)))
+    logits = [
+        3.0 * jax.random.normal(jax.random.key(i), (lanes, vocab_size), jnp.float32) for i in range(sets)
+    ]
+    dtypes = (jnp.float32, jnp.int32, jnp.float32, jnp.float32)
+    return [jnp.full((lanes,), x, dtype) for x, dtype in zip(options, dtypes, strict=True)], logits
+
+
+def time_sample(lanes: int, vocab_size: int, options: Sequence[float], draw: Callable, repeats: int) -> float:
+    """Seconds of one call of `draw(logits, temperature, top_k, top_p, min_p, seeds, positions)`."""
+    values, logits = sample_inputs(lanes, vocab_size, options)
+    calls = max(len(logits), 8)
+
+    def chain(seeds, *logits):
+        positions = seeds
+        for i in range(calls):
+            positions = draw(logits[i % len(logits)], *values, seeds, positions)
+        return positions
+
+    operands = (jnp.arange(lanes, dtype=jnp.int32), *logits)
+    return seconds_per_call(chain, operands, calls, repeats)
+
+
 def bench_sample(repeats: int, rates: dict) -> list[dict]:
     """The floor is one read of the logits."""
     rows = []
     for name, lanes, vocab_size, *options in SAMPLE_CASES:
-        sets = max(1, -(-2 * L2_BYTES // (lanes * vocab_size * 4)))
-        logits = [
-            3.0 * jax.random.normal(jax.random.key(i), (lanes, vocab_size), jnp.float32) for i in range(sets)
-        ]
-        dtypes = (jnp.float32, jnp.int32, jnp.float32, jnp.float32)
-        values = [jnp.full((lanes,), value, dtype) for value, dtype in zip(options, dtypes, strict=True)]
-        calls = max(sets, 8)
-
-        def chain(seeds, *operands, sets=sets, calls=calls, values=values):
-            positions = seeds
-            for i in range(calls):
-                temperature, top_k, top_p, min_p = values
-                row = operands[i % sets]
-                positions = sample(row, temperature, top_k, top_p, min_p, seeds, positions)
-            return positions
-
-        operands = (jnp.arange(lanes, dtype=jnp.int32), *logits)
-        seconds = seconds_per_call(chain, operands, calls, repeats)
+        seconds = time_sample(lanes, vocab_size, options, sample, repeats)
         floor = lanes * vocab_size * 4 / rates["read_bytes_per_s"]
         rows.append(
             {
