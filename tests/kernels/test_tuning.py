@@ -3,13 +3,14 @@
 import argparse
 import json
 from dataclasses import dataclass
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import pytest
 
 from kernels_pallas import tune, tuning
-from kernels_pallas.tuning import TuningTableError, config_for, read_table, table_path, trying
+from kernels_pallas.tuning import TuningTableError, config_for, read_ops, read_table, table_path, trying
 
 SHAPE = {"num_lanes": 64, "head_dim": 128}
 
@@ -91,6 +92,15 @@ def test_a_malformed_table_is_named(table, content, words):
         ask()
     assert str(path) in str(raised.value)
     assert words in str(raised.value)
+
+
+def test_shipped_tables_are_where_kernels_look_and_well_formed():
+    folder = table_path("x").parent
+    assert folder == Path(__file__).parents[2] / "configs" / "kernels"
+    assert folder.is_dir()
+    for path in folder.glob("*.json"):
+        assert read_ops(path)
+        assert path == table_path(json.loads(path.read_text())["device"])
 
 
 def test_tables_are_named_after_the_device():
