@@ -88,7 +88,7 @@ def _suite(parser: argparse.ArgumentParser, name: str) -> None:
         "--workloads",
         type=_workloads,
         metavar="A,B",
-        help=f"default: {','.join(SUITES[name])}; any of {', '.join([*WORKLOADS, CUSTOM])}",
+        help=f"default: {','.join(SUITES[name])}; any of {', '.join([*WORKLOADS, CUSTOM])}; or all",
     )
     parser.add_argument(
         "--scale", type=_scale, default=1.0, help="shrink numbers and lengths of requests; default: 1"
@@ -165,7 +165,7 @@ def _scale(text: str) -> float:
 
 
 def _workloads(text: str) -> list[str]:
-    names = text.split(",")
+    names = list(WORKLOADS) if text == "all" else text.split(",")
     for name in names:
         if name not in WORKLOADS and name != CUSTOM:
             known = ", ".join([*WORKLOADS, CUSTOM])

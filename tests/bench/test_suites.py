@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from test_bench import LLAMA3, bench
 
+from jaxgen.bench import command
 from jaxgen.bench.workloads import SUITES, WORKLOADS, Workload, custom, groups
 
 # Few and small steps: the tests are about the report, not about speed.
@@ -82,6 +83,7 @@ def test_lengths_are_drawn_from_the_whole_range_and_stay():
 def test_what_is_held_against_another_is_measured_in_turns_with_it():
     names = [[w.name for w in g] for g in groups([WORKLOADS["bs1"], WORKLOADS["logprobs"]], 1)]
     assert names == [["bs1"], ["fixed256", "logprobs"]]
+    assert command._workloads("all") == list(WORKLOADS)
     everything = [w.name for g in groups(WORKLOADS.values(), 0.1) for w in g]
     assert sorted(everything) == sorted(WORKLOADS)
 
