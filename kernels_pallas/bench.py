@@ -243,28 +243,36 @@ SAMPLE_CASES = (  # name, lanes, vocabulary, temperature, top_k, top_p, min_p
 )
 
 
+def sample_inputs(lanes: int, vocab_size: int, options: Sequence[float]) -> tuple[list, list[jax.Array]]:
+    """(temperature, top_k, top_p, min_p) of `sample`, each [lanes], and sets of logits."""
+    sets = max(1, -(-2 * L2_BYTES // (lanes * vocab_size * 4)))
+    logits = [
+        3.0 * jax.random.normal(jax.random.key(i), (lanes, vocab_size), jnp.float32) for i in range(sets)
+    ]
+    dtypes = (jnp.float32, jnp.int32, jnp.float32, jnp.float32)
+    return [jnp.full((lanes,), x, dtype) for x, dtype in zip(options, dtypes, strict=True)], logits
+
+
+def time_sample(lanes: int, vocab_size: int, options: Sequence[float], draw: Callable, repeats: int) -> float:
+    """Seconds of one call of `draw(logits, temperature, top_k, top_p, min_p, seeds, positions)`."""
+    values, logits = sample_inputs(lanes, vocab_size, options)
+    calls = max(len(logits), 8)
+
+    def chain(seeds, *logits):
+        positions = seeds
+        for i in range(calls):
+            positions = draw(logits[i % len(logits)], *values, seeds, positions)
+        return positions
+
+    operands = (jnp.arange(lanes, dtype=jnp.int32), *logits)
+    return seconds_per_call(chain, operands, calls, repeats)
+
+
 def bench_sample(repeats: int, rates: dict) -> list[dict]:
     """The floor is one read of the logits."""
     rows = []
     for name, lanes, vocab_size, *options in SAMPLE_CASES:
-        sets = max(1, -(-2 * L2_BYTES // (lanes * vocab_size * 4)))
-        logits = [
-            3.0 * jax.random.normal(jax.random.key(i), (lanes, vocab_size), jnp.float32) for i in range(sets)
-        ]
-        dtypes = (jnp.float32, jnp.int32, jnp.float32, jnp.float32)
-        values = [jnp.full((lanes,), value, dtype) for value, dtype in zip(options, dtypes, strict=True)]
-        calls = max(sets, 8)
-
-        def chain(seeds, *operands, sets=sets, calls=calls, values=values):
-            positions = seeds
-            for i in range(calls):
-                temperature, top_k, top_p, min_p = values
-                row = operands[i % sets]
-                positions = sample(row, temperature, top_k, top_p, min_p, seeds, positions)
-            return positions
-
-        operands = (jnp.arange(lanes, dtype=jnp.int32), *logits)
-        seconds = seconds_per_call(chain, operands, calls, repeats)
+        seconds = time_sample(lanes, vocab_size, options, sample, repeats)
         floor = lanes * vocab_size * 4 / rates["read_bytes_per_s"]
         rows.append(
             {
@@ -285,20 +293,24 @@ BENCHES: dict[str, Callable[[int, dict], list[dict]]] = {
 }
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m kernels_pallas.bench", description=__doc__)
-    parser.add_argument("ops", nargs="*", choices=[[], *BENCHES], help="operations to time (default: all)")
-    parser.add_argument("--repeats", type=int, default=3)
-    args = parser.parse_args(argv)
+def measure(ops: Sequence[str], repeats: int) -> dict:
+    """Times the operations (none named: all), printing each figure as it comes.
+
+    Returns:
+        {"device", "jax", "rates": {"read_bytes_per_s", "matrix_flops"}, "rows": [{"op", "case", "us", ...}]}.
+
+    Raises:
+        RuntimeError: there is no GPU, and a figure of another device would say nothing about the kernels.
+    """
     device = jax.devices()[0]
     if device.platform != "gpu":
-        parser.error("no GPU: a figure of another device would say nothing about the kernels")
-    rates = {"read_bytes_per_s": read_bandwidth(args.repeats), "matrix_flops": matrix_rate(args.repeats)}
+        raise RuntimeError(f"the kernels run on a GPU, and the device is a {device.platform}")
+    rates = {"read_bytes_per_s": read_bandwidth(repeats), "matrix_flops": matrix_rate(repeats)}
     print(f"{device.device_kind}: reads {rates['read_bytes_per_s'] / 1e12:.2f} TB/s, ", end="")
     print(f"multiplies {rates['matrix_flops'] / 1e12:.0f} TFLOP/s (bfloat16)")
     rows = []
-    for op in args.ops or BENCHES:
-        for row in BENCHES[op](args.repeats, rates):
+    for op in ops or BENCHES:
+        for row in BENCHES[op](repeats, rates):
             note = f"   target {row['target']:.0%}" if row.get("target") else ""
             note += f"   {row['tflops']:.0f} TFLOP/s" if "tflops" in row else ""
             print(
@@ -307,7 +319,18 @@ def main(argv: Sequence[str] | None = None) -> None:
                 flush=True,
             )
             rows.append(row)
-    print(json.dumps({"device": device.device_kind, "jax": jax.__version__, **rates, "rows": rows}))
+    return {"device": device.device_kind, "jax": jax.__version__, "rates": rates, "rows": rows}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m kernels_pallas.bench", description=__doc__)
+    parser.add_argument("ops", nargs="*", choices=[[], *BENCHES], help="operations to time (default: all)")
+    parser.add_argument("--repeats", type=int, default=3)
+    args = parser.parse_args(argv)
+    try:
+        print(json.dumps(measure(args.ops, args.repeats)))
+    except RuntimeError as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":

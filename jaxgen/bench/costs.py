@@ -85,23 +85,46 @@ class ModelCosts:
             windows=tuple(config.sliding_windows),
         )
 
-    def seen(self, length: int) -> float:
-        """Keys that a query at the end of `length` tokens sees, the mean over layers."""
-        if not self.windows:
-            return length
-        return sum(length if w is None else min(w, length) for w in self.windows) / len(self.windows)
+    def keys(self, start: int, stop: int) -> float:
+        """Keys seen by the queries at positions start .. stop - 1 together, the mean over layers."""
+        windows = self.windows or (None,)
+        return sum(_keys_until(stop, w) - _keys_until(start, w) for w in windows) / len(windows)
 
-    def decode_seconds(self, lengths: list[int], rates: Rates, devices: int = 1) -> float:
-        """Floor of one decode step over lanes with these KV lengths: the longer of reading and multiplying."""
-        keys = sum(map(self.seen, lengths))
-        read = (self.weight_bytes + self.kv_bytes * keys) / rates.read_bytes_per_s
-        multiplied = 2 * (self.layer_weights + self.head_weights) * len(lengths) + self.attention_flops * keys
-        return max(read, multiplied / rates.matrix_flops) / devices
+    def decode_seconds(
+        self, work: Work, steps: int, rates: Rates, devices: int = 1, read_keys: float | None = None
+    ) -> float:
+        """Floor of decode steps that do this work together: the longer of reading and multiplying.
 
-    def prefill_seconds(self, prompts: list[int], rates: Rates, devices: int = 1) -> float:
-        """Floor of computing prompts of these lengths, with logits of each one's last token."""
-        flops = 0.0
-        for length in prompts:
-            keys = sum(map(self.seen, range(1, length + 1)))
-            flops += 2 * self.layer_weights * length + 2 * self.head_weights + self.attention_flops * keys
+        `read_keys`: keys that must be read, where lanes share some; by default all that are seen.
+        """
+        keys = work.keys if read_keys is None else read_keys
+        read = steps * self.weight_bytes + self.kv_bytes * keys
+        flops = self._flops(work, heads=work.tokens)
+        return max(read / rates.read_bytes_per_s, flops / rates.matrix_flops) / devices
+
+    def prefill_seconds(self, work: Work, prompts: int, rates: Rates, devices: int = 1) -> float:
+        """Floor of computing so many prompts, with the logits of each one's last token."""
+        flops = self._flops(work, heads=prompts)
         return max(flops / rates.matrix_flops, self.weight_bytes / rates.read_bytes_per_s) / devices
+
+    def _flops(self, work: Work, heads: int) -> float:
+        return (
+            2 * self.layer_weights * work.tokens
+            + 2 * self.head_weights * heads
+            + self.attention_flops * work.keys
+        )
+
+
+@dataclass(frozen=True)
+class Work:
+    """Tokens to compute, and the keys that they see together."""
+
+    tokens: int
+    keys: float
+
+
+def _keys_until(stop: int, window: int | None) -> int:
+    """Keys seen by the queries at positions 0 .. stop - 1 together."""
+    if window is None or stop <= window:
+        return stop * (stop + 1) // 2
+    return window * (window + 1) // 2 + (stop - window) * window

