@@ -32,7 +32,7 @@ demo-model: .venv/demo-model
 	$(PYTHON) -m venv .venv
 	@touch $@
 
-.venv/installed: .venv/python pyproject.toml setup.py
+.venv/installed: .venv/python pyproject.toml
 	@echo "Installing jaxgen$(if $(CUDA), for $(CUDA)) ..."
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[gguf$(EXTRA)]"
 	@touch $@

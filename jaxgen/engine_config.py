@@ -182,6 +182,7 @@ def runner_config_of(args: ServerArgs, model: ModelConfig, mesh: jax.sharding.Me
         attention=AttentionBackends.named(
             args.prefill_attention_backend or args.attention_backend,
             args.decode_attention_backend or args.attention_backend,
+            args.enable_deterministic_inference,
         ),
         max_total_tokens=args.max_total_tokens,
         mem_fraction_static=args.mem_fraction_static,

@@ -47,19 +47,25 @@ AttentionBatch = PrefillBatch | DecodeBatch
 
 @dataclass(frozen=True)
 class AttentionBackends:
-    """`implementation` of `kernels_pallas` ops by phase: None is a kernel where one can run."""
+    """`implementation` of `kernels_pallas` ops by phase: None is a kernel where one can run.
+
+    deterministic: a lane's attention has the same bits in any batch.
+    """
 
     prefill: Implementation | None = None
     decode: Implementation | None = None
+    deterministic: bool = False
 
     @classmethod
-    def named(cls, prefill: str | None, decode: str | None) -> "AttentionBackends":
+    def named(
+        cls, prefill: str | None, decode: str | None, deterministic: bool = False
+    ) -> "AttentionBackends":
         """By option value: "xla" is the plain implementation; "pallas", and any other, what runs best."""
 
         def implementation(name: str | None) -> Implementation | None:
             return "reference" if name == "xla" else None
 
-        return cls(implementation(prefill), implementation(decode))
+        return cls(implementation(prefill), implementation(decode), deterministic)
 
 
 AUTOMATIC = AttentionBackends()
@@ -90,6 +96,7 @@ def attend(
             batch.page_table,
             batch.lengths,
             window=window,
+            deterministic=backends.deterministic,
             implementation=backends.decode,
         )
     else:
