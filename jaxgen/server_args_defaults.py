@@ -32,7 +32,7 @@ def default_max_decode_bucket(memory_mib: int | None, tp_size: int = 1) -> int:
     """Lanes of the largest decode bucket compiled at start, by device memory in MiB (`None`: CPU)."""
     if memory_mib is None:
         return 160
-    for below_gib, lanes, lanes_wide in ((20, 8, 8), (35, 48, 160), (60, 32, 160), (160, 256, 512)):
+    for below_gib, lanes, lanes_wide in ((20, 8, 8), (35, 48, 160), (60, 32, 160)):
         if memory_mib < below_gib * GIB:
             return lanes_wide if tp_size >= 4 else lanes
     return 512

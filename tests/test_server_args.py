@@ -262,8 +262,8 @@ def test_foreign_backends_warn_and_are_accepted(name, caplog):
         (20, 4096, 48, 160),
         (24, 4096, 48, 160),
         (35, 4096, 32, 160),
-        (60, 8192, 256, 512),
-        (80, 8192, 256, 512),
+        (60, 8192, 512, 512),
+        (80, 8192, 512, 512),
         (160, 16384, 512, 512),
     ],
 )
@@ -279,7 +279,7 @@ def test_defaults_follow_device_memory(memory_gib, chunk, lanes, lanes_wide):
 
 def test_resolution_fills_in_what_depends_on_the_platform():
     on_gpu = resolve(args(device="cuda:1"), "gpu", 80 * GIB)
-    assert (on_gpu.page_size, on_gpu.chunked_prefill_size, on_gpu.cuda_graph_max_bs_decode) == (64, 8192, 256)
+    assert (on_gpu.page_size, on_gpu.chunked_prefill_size, on_gpu.cuda_graph_max_bs_decode) == (64, 8192, 512)
     assert (on_gpu.tokenizer_path, on_gpu.served_model_name, on_gpu.device) == ("m", "m", "cuda")
     on_cpu = resolve(args(page_size=1, max_running_requests=4), "cpu")
     assert (on_cpu.page_size, on_cpu.chunked_prefill_size, on_cpu.cuda_graph_max_bs_decode) == (16, 4096, 4)
