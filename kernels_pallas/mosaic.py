@@ -8,7 +8,11 @@ import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
+from jax._src.lib.mlir.dialects import llvm  # the one dialect here that jax.extend does not export
 from jax.experimental import pallas as pl
+from jax.experimental.mosaic import gpu as mgpu
+from jax.extend.mlir import ir
+from jax.extend.mlir.dialects import arith, memref
 
 LOG2E = math.log2(math.e)
 MASKED = -1e30  # finite, so that the difference of two masked scores is not NaN
@@ -114,3 +118,34 @@ def zero_rows_outside(values, block: int, head_dim: int, first, stop) -> None:
 def ceil_div(x, y: int):
     """Ceiling of x / y for a traced x >= 0."""
     return lax.div(x + (y - 1), jnp.int32(y))
+
+
+def arrive(counter, ticket, last, *, interpret: bool) -> None:
+    """Count this block of threads into a cell of global memory and leave its number, from 0, in `ticket` [1].
+
+    What the warpgroup wrote to global memory before, whoever draws a higher number sees after. The number
+    `last` sets the cell back to 0, so that one cleared cell serves any number of launches.
+    """
+    if interpret:  # blocks of threads are interpreted one after the other
+        ticket[0] = counter[0]
+        counter[0] = jnp.where(ticket[0] == last, jnp.int32(0), ticket[0] + 1)
+        return
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType(), plgpu.Layout.WG_SPLAT(())))
+    def count(_, counter, ticket, last):
+        fence = functools.partial(llvm.inline_asm, None, [], "fence.acq_rel.gpu;", "", has_side_effects=True)
+        fence()
+        mgpu.utils.warpgroup_barrier()
+        with mgpu.utils.single_thread(scope=mgpu.ThreadSubset.WARPGROUP):
+            number = llvm.inline_asm(
+                ir.IntegerType.get_signless(32),
+                [mgpu.utils.memref_ptr(counter), last.registers.item()],
+                "atom.acq_rel.gpu.global.inc.u32 $0, [$1], $2;",
+                "=r,l,r",
+                has_side_effects=True,
+            )
+            memref.store(number, ticket, [arith.constant(ir.IndexType.get(), 0)])
+        mgpu.utils.warpgroup_barrier()
+        fence()
+
+    count(counter, ticket, last)

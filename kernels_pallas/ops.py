@@ -11,7 +11,8 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas import decode_kernel, mosaic, prefill_kernel, reference, sample_kernel
+from kernels_pallas import decode_config, decode_kernel, mosaic, prefill_kernel, reference, sample_kernel
+from kernels_pallas.checks import check_attention, check_pages, check_update
 
 Implementation = Literal["reference", "mosaic"]
 
@@ -30,7 +31,7 @@ def write_kv(
     Returns:
         (k_pages, v_pages) with the tokens stored.
     """
-    _check_pages(k_pages, v_pages)
+    check_pages(k_pages, v_pages)
     _, num_kv_heads, _, head_dim = k_pages.shape
     wanted = (slots.shape[0], num_kv_heads, head_dim)
     if k.shape != wanted or v.shape != wanted:
@@ -89,16 +90,98 @@ def paged_decode(
     Raises:
         ValueError: shapes that do not fit together, or an option out of range.
     """
-    _check_attention(q, k_pages, v_pages, page_table, lengths, window, softcap, sinks)
+    check_attention(q, k_pages, v_pages, page_table, lengths, window, softcap, sinks)
     if page_table.shape[0] != q.shape[0]:
         raise ValueError(f"page_table has {page_table.shape[0]} rows for {q.shape[0]} lanes")
-    reason = decode_kernel.unsupported(q, k_pages, v_pages)
+    reason = decode_config.unsupported(q, k_pages, v_pages)
     page_table, lengths = _in_own_buffers(k_pages, page_table, lengths)
     operands = (q, k_pages, v_pages, page_table, lengths)
     options: dict[str, Any] = {"sm_scale": sm_scale, "window": window, "softcap": softcap, "sinks": sinks}
     if _runs_kernel("paged_decode", implementation, reason):
         return decode_kernel.paged_decode(*operands, **options, deterministic=deterministic)
     return reference.paged_decode(*operands, **options)
+
+
+def paged_decode_update(
+    qkv: jax.Array,
+    k_pages: jax.Array,
+    v_pages: jax.Array,
+    page_table: jax.Array,
+    lengths: jax.Array,
+    cos: jax.Array,
+    sin: jax.Array,
+    *,
+    q_norm: jax.Array | None = None,
+    k_norm: jax.Array | None = None,
+    epsilon: float = 1e-6,
+    sm_scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: jax.Array | None = None,
+    deterministic: bool = False,
+    implementation: Implementation | None = None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """A decode layer between its two projections: norm, rope, KV write and attention, as one launch.
+
+    The new token of a lane is stored at position `lengths - 1`, in place when the pages are donated; no other
+    lane may use its page. Rounding is that of the separate steps: q and k take the dtype of qkv after the
+    norm and after the rope, with float32 inside.
+
+    Args:
+        qkv: [B, K, G + 2, H]; per kv head its G query heads, then k, then v.
+        k_pages, v_pages: [P, K, S, H].
+        page_table: [B, MP] int32.
+        lengths: [B] int32, at most MP * S, KV tokens of the lane including the new one; lanes of length 0
+            write nothing and give zeros.
+        cos, sin: [B, rotary_dim / 2] float32; dimension i rotates with i + rotary_dim / 2, the dimensions
+            from rotary_dim on not at all.
+        q_norm, k_norm: [H] weights of the root-mean-square norm of every head; both or neither.
+        epsilon: added to the mean square.
+        sm_scale, window, softcap, sinks, deterministic, implementation: as in `paged_decode`.
+
+    Returns:
+        (o [B, N, H] in the dtype of qkv, k_pages, v_pages).
+
+    Raises:
+        ValueError: shapes that do not fit together, or an option out of range.
+    """
+    check_update(qkv, k_pages, v_pages, page_table, lengths, cos, sin, q_norm, k_norm, window, softcap, sinks)
+    num_lanes, num_kv_heads, rows, head_dim = qkv.shape
+    q = jax.ShapeDtypeStruct((num_lanes, num_kv_heads * (rows - 2), head_dim), qkv.dtype)
+    reason = decode_config.unsupported(q, k_pages, v_pages)
+    reason = reason or decode_config.unsupported_rope(2 * cos.shape[1], head_dim)
+    page_table, lengths = _in_own_buffers(k_pages, page_table, lengths)
+    options: dict[str, Any] = {"sm_scale": sm_scale, "window": window, "softcap": softcap, "sinks": sinks}
+    if _runs_kernel("paged_decode_update", implementation, reason):
+        return decode_kernel.paged_decode_update(
+            qkv,
+            k_pages,
+            v_pages,
+            page_table,
+            lengths,
+            cos.astype(jnp.float32),
+            sin.astype(jnp.float32),
+            q_norm=q_norm,
+            k_norm=k_norm,
+            epsilon=epsilon,
+            deterministic=deterministic,
+            **options,
+        )
+    queries, k, v = reference.prepare_heads(qkv, cos, sin, q_norm, k_norm, epsilon)
+    slots = reference.last_slots(page_table, lengths, k_pages.shape[2])
+    k_pages, v_pages = reference.write_kv(k_pages, v_pages, k, v, slots)
+    # Where only the rope is beyond the kernel, the attention still runs as one.
+    o = paged_decode(
+        queries,
+        k_pages,
+        v_pages,
+        page_table,
+        lengths,
+        **options,
+        deterministic=deterministic,
+        implementation=implementation,
+    )
+    return o, k_pages, v_pages
 
 
 def ragged_prefill(
@@ -137,7 +220,7 @@ def ragged_prefill(
     Raises:
         ValueError: shapes that do not fit together, or an option out of range.
     """
-    _check_attention(q, k_pages, v_pages, page_table, lengths, window, softcap, sinks)
+    check_attention(q, k_pages, v_pages, page_table, lengths, window, softcap, sinks)
     if cu_seqlens.shape != (page_table.shape[0] + 1,):
         raise ValueError(f"cu_seqlens must be [R + 1] = [{page_table.shape[0] + 1}], got {cu_seqlens.shape}")
     reason = prefill_kernel.unsupported(q, k_pages, v_pages)
@@ -250,31 +333,3 @@ def _in_own_buffers(
     not start at a multiple of 256 bytes. The result of a computation is a buffer of its own.
     """
     return jnp.clip(page_table, 0, k_pages.shape[0] - 1), jnp.maximum(lengths, 0)
-
-
-def _check_pages(k_pages: jax.Array, v_pages: jax.Array) -> None:
-    if k_pages.ndim != 4 or k_pages.shape != v_pages.shape:
-        raise ValueError(
-            f"k_pages and v_pages must both be [P, K, S, H], got {k_pages.shape} and {v_pages.shape}"
-        )
-
-
-def _check_attention(q, k_pages, v_pages, page_table, lengths, window, softcap, sinks) -> None:
-    _check_pages(k_pages, v_pages)
-    _, num_kv_heads, _, head_dim = k_pages.shape
-    if q.ndim != 3 or q.shape[2] != head_dim or q.shape[1] % num_kv_heads:
-        raise ValueError(
-            f"q must be [tokens, N, H={head_dim}] with N a multiple of K={num_kv_heads}, got {q.shape}"
-        )
-    if page_table.ndim != 2 or lengths.shape != page_table.shape[:1]:
-        raise ValueError(
-            f"want page_table [R, MP] and lengths [R], got {page_table.shape} and {lengths.shape}"
-        )
-    if page_table.dtype != jnp.int32 or lengths.dtype != jnp.int32:
-        raise ValueError(f"page_table and lengths must be int32, got {page_table.dtype} and {lengths.dtype}")
-    if window is not None and window < 1:
-        raise ValueError(f"window must be at least 1 (or None), got {window}")
-    if softcap is not None and softcap <= 0.0:
-        raise ValueError(f"softcap must be positive (or None), got {softcap}")
-    if sinks is not None and sinks.shape != (q.shape[1],):
-        raise ValueError(f"sinks must be [N] = [{q.shape[1]}], got {sinks.shape}")

@@ -35,6 +35,43 @@ def write_kv(
     return k_pages, v_pages
 
 
+def prepare_heads(
+    qkv: jax.Array,
+    cos: jax.Array,
+    sin: jax.Array,
+    q_norm: jax.Array | None,
+    k_norm: jax.Array | None,
+    epsilon: float,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Queries [B, N, H], keys and values [B, K, H] of a projection [B, K, G + 2, H], normalised and rotated.
+
+    With these, `write_kv` at `last_slots` and `paged_decode` are `kernels_pallas.paged_decode_update`.
+    """
+    num_lanes, _, rows, head_dim = qkv.shape
+    qk, v = qkv[:, :, :-1], qkv[:, :, -1]
+    if q_norm is not None and k_norm is not None:
+        weight = jnp.stack([q_norm] * (rows - 2) + [k_norm]).astype(jnp.float32)  # [G + 1, H]
+        qk32 = qk.astype(jnp.float32)
+        scale = lax.rsqrt(jnp.mean(jnp.square(qk32), axis=-1, keepdims=True) + epsilon)
+        qk = (qk32 * scale * weight).astype(qk.dtype)
+    half = cos.shape[-1]
+    cos, sin = cos[:, None, None], sin[:, None, None]
+    qk32 = qk.astype(jnp.float32)
+    first, second, rest = qk32[..., :half], qk32[..., half : 2 * half], qk32[..., 2 * half :]
+    rotated = [first * cos - second * sin, second * cos + first * sin, rest]
+    qk = jnp.concatenate(rotated, axis=-1).astype(qk.dtype)
+    return qk[:, :, :-1].reshape(num_lanes, -1, head_dim), qk[:, :, -1], v
+
+
+def last_slots(page_table: jax.Array, lengths: jax.Array, page_size: int) -> jax.Array:
+    """KV slot [B] of each lane's last token; -1 for lanes without one, or longer than their page table."""
+    position = lengths - 1
+    index = jnp.clip(position // page_size, 0, page_table.shape[1] - 1)
+    page = jnp.take_along_axis(page_table, index[:, None], axis=1)[:, 0]
+    inside = (position >= 0) & (position < page_table.shape[1] * page_size)
+    return jnp.where(inside, page * page_size + position % page_size, -1)
+
+
 def copy_pages(pages: jax.Array, src: jax.Array, dst: jax.Array) -> jax.Array:
     """Copy whole pages; all reads happen before all writes. See `kernels_pallas.copy_pages`."""
     num_pages = pages.shape[0]

@@ -10,72 +10,164 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, PartitionSpec
 
-from kernels_pallas import decode_kernel, mosaic, paged_decode, ragged_prefill
-from kernels_pallas.decode_kernel import DecodeConfig
+from kernels_pallas import (
+    decode_kernel,
+    mosaic,
+    paged_decode,
+    paged_decode_update,
+    ragged_prefill,
+)
+from kernels_pallas.decode_config import DecodeConfig
 from tests.kernels import oracle
 from tests.kernels.interpreter import no_races
+from tests.kernels.update_inputs import Update, random_update
+
+BFLOAT16 = ml_dtypes.bfloat16
+CASES = [
+    ([100, 0, 130], (2, 1), 64, 16, DecodeConfig(64, 2, 1), {}),
+    ([200], (3, 1), 64, 64, DecodeConfig(64, 2, 1), {"window": 70, "softcap": 4.0}),
+    ([1, 129], (8, 2), 64, 128, DecodeConfig(64, 2, 2), {"with_sinks": True}),
+    ([300, 64], (9, 1), 128, 8, DecodeConfig(128, 1, 1), {"window": 3}),
+    ([300, 1, 190], (4, 2), 64, 16, DecodeConfig(64, 2, 5), {"window": 180, "with_sinks": True}),
+]
 
 
 def inputs(lengths, num_heads, num_kv_heads, head_dim, page_size, seed=0):
     rng = np.random.default_rng(seed)
-    kv = oracle.paged(rng, lengths, num_kv_heads, head_dim, page_size, dtype=ml_dtypes.bfloat16)
-    return rng.normal(size=(len(lengths), num_heads, head_dim)).astype(ml_dtypes.bfloat16), kv
+    kv = oracle.paged(rng, lengths, num_kv_heads, head_dim, page_size, dtype=BFLOAT16)
+    return rng.normal(size=(len(lengths), num_heads, head_dim)).astype(BFLOAT16), kv
 
 
 def attend(q, kv, config, *, window=None, softcap=None, sinks=None, interpret=None):
-    operands = (q, kv.k_pages, kv.v_pages, kv.page_table, kv.lengths, sinks)
-    return decode_kernel._decode(*operands, q.shape[2] ** -0.5, window, softcap, config, interpret)
+    num_lanes, _, head_dim = q.shape
+    x = q.reshape(num_lanes, kv.k_pages.shape[1], -1, head_dim)
+    operands = (x, kv.k_pages, kv.v_pages, kv.page_table, kv.lengths, sinks, None, None)
+    o, _, _ = decode_kernel._decode(*operands, head_dim**-0.5, window, softcap, 0.0, config, interpret)
+    return o.reshape(q.shape)
 
 
-@pytest.mark.parametrize(
-    ("lengths", "heads", "head_dim", "page_size", "config", "options"),
-    [
-        ([100, 0, 130], (2, 1), 64, 16, DecodeConfig(64, 2, 2), {}),
-        ([200], (3, 1), 64, 64, DecodeConfig(64, 2, 1), {"window": 70, "softcap": 4.0}),
-        ([1, 129], (8, 2), 64, 128, DecodeConfig(64, 2, 2), {"with_sinks": True}),
-        ([300, 64], (9, 1), 128, 8, DecodeConfig(128, 1, 1), {"window": 3}),
-    ],
-)
+def attend_and_update(case: Update, config, *, window=None, softcap=None, sinks=None, interpret=None):
+    head_dim = case.qkv.shape[-1]
+    operands = (case.qkv, case.kv.k_pages, case.kv.v_pages, case.kv.page_table, case.kv.lengths, sinks)
+    rope = case.cos, case.sin
+    return decode_kernel._decode(
+        *operands, rope, case.norms, head_dim**-0.5, window, softcap, case.epsilon, config, interpret
+    )
+
+
+def take_sinks(options, num_heads):
+    options = dict(options)
+    sinks = np.linspace(-1, 2, num_heads).astype(np.float32) if options.pop("with_sinks", False) else None
+    return options, sinks
+
+
+def interpretation(config):
+    """Blocks that merge splits speak through global memory, which the race detector takes for a race."""
+    return plgpu.InterpretGPUParams(detect_races=config.num_splits == 1)
+
+
+@pytest.mark.parametrize(("lengths", "heads", "head_dim", "page_size", "config", "options"), CASES)
 def test_interpreted_kernel_is_softmax_attention_without_races(
     lengths, heads, head_dim, page_size, config, options
 ):
     q, kv = inputs(lengths, *heads, head_dim, page_size)
-    options = dict(options)
-    sinks = np.linspace(-1, 2, heads[0]).astype(np.float32) if options.pop("with_sinks", False) else None
+    options, sinks = take_sinks(options, heads[0])
     with no_races():
-        got = attend(
-            q, kv, config, sinks=sinks, interpret=plgpu.InterpretGPUParams(detect_races=True), **options
-        )
+        got = attend(q, kv, config, sinks=sinks, interpret=interpretation(config), **options)
     assert oracle.relative_error(got, oracle.decode(q, kv, sinks=sinks, **options)) < 1e-2
 
 
+@pytest.mark.parametrize("norms", [False, True])
+@pytest.mark.parametrize(("lengths", "heads", "head_dim", "page_size", "config", "options"), CASES)
+def test_interpreted_kernel_stores_the_token_and_attends_without_races(
+    lengths, heads, head_dim, page_size, config, options, norms
+):
+    case = random_update(lengths, *heads, head_dim, page_size, norms=norms, dtype=BFLOAT16)
+    options, sinks = take_sinks(options, heads[0])
+    with no_races():
+        o, *pages = attend_and_update(case, config, sinks=sinks, interpret=interpretation(config), **options)
+        o, pages = np.asarray(o), [np.asarray(x, np.float32) for x in pages]
+    q, kv = case.expected()
+    want = oracle.decode(q, kv, sinks=sinks, **options)
+    assert oracle.relative_error(o.reshape(want.shape), want) < 1e-2
+    for got, expected in zip(pages, (kv.k_pages, kv.v_pages), strict=True):
+        np.testing.assert_allclose(got, expected.astype(np.float32), rtol=1e-2, atol=1e-6)
+
+
+def test_rotates_only_the_first_dimensions():
+    case = random_update([70], 2, 1, 128, 64, rotary_dim=64, norms=True, dtype=BFLOAT16)
+    config = DecodeConfig(64, 2, 1)
+    o, k_pages, _ = attend_and_update(case, config, interpret=interpretation(config))
+    q, kv = case.expected()
+    assert oracle.relative_error(np.asarray(o).reshape(q.shape), oracle.decode(q, kv)) < 1e-2
+    np.testing.assert_allclose(
+        np.asarray(k_pages, np.float32), kv.k_pages.astype(np.float32), rtol=1e-2, atol=1e-6
+    )
+
+
 @pytest.mark.parametrize("window", [None, 90])
-def test_deterministic_lane_has_the_same_bits_alone_and_in_a_batch(window, monkeypatch):
-    q, kv = inputs([300, 70, 129], 4, 1, 64, 16)
+@pytest.mark.parametrize("update", [False, True])
+def test_deterministic_lane_has_the_same_bits_alone_and_in_a_batch(window, update, monkeypatch):
+    case = random_update([300, 70, 129], 4, 1, 64, 16, norms=True, dtype=BFLOAT16)
     kernel = functools.partial(decode_kernel._decode, interpret=plgpu.InterpretGPUParams())
     monkeypatch.setattr(decode_kernel, "_decode", lambda *args: kernel(*args[:-1]))
+    stored = case.expected()[1]
+    options = {"window": window, "deterministic": True, "implementation": "mosaic"}
 
     def attend(lanes):
-        operands = (q[lanes], kv.k_pages, kv.v_pages, kv.page_table[lanes], kv.lengths[lanes])
-        return np.asarray(paged_decode(*operands, window=window, deterministic=True, implementation="mosaic"))
+        kv = case.kv if update else stored
+        operands = (kv.k_pages, kv.v_pages, kv.page_table[lanes], kv.lengths[lanes])
+        if not update:
+            return np.asarray(paged_decode(case.qkv[lanes, 0, :4], *operands, **options))
+        rope = case.cos[lanes], case.sin[lanes]
+        return np.asarray(paged_decode_update(case.qkv[lanes], *operands, *rope, **options)[0])
 
     together = attend(slice(0, 3))
     for lane in range(3):
         np.testing.assert_array_equal(attend(slice(lane, lane + 1))[0], together[lane])
 
 
-@pytest.mark.parametrize("head_dim", [64, 128, 256])
-@pytest.mark.parametrize("page_size", [8, 16, 128])
-@pytest.mark.parametrize(("heads", "num_lanes"), [((32, 8), 4), ((14, 2), 200), ((9, 3), 200), ((16, 1), 4)])
-def test_default_configuration_lowers_for_hopper(head_dim, page_size, heads, num_lanes):
-    pages = jax.ShapeDtypeStruct((50, heads[1], page_size, head_dim), jnp.bfloat16)
-    q = jax.ShapeDtypeStruct((num_lanes, heads[0], head_dim), jnp.bfloat16)
-    table = jax.ShapeDtypeStruct((num_lanes, 12), jnp.int32)
-    lengths = jax.ShapeDtypeStruct((num_lanes,), jnp.int32)
-    assert decode_kernel.unsupported(q, pages, pages) is None
-    attend = jax.jit(lambda *a: paged_decode(*a, window=100, softcap=3.0, implementation="mosaic"))
-    lowered = attend.trace(q, pages, pages, table, lengths).lower(lowering_platforms=("cuda",))
-    assert "mosaic_gpu" in lowered.as_text()
+def shapes(num_lanes, heads, head_dim, page_size, max_pages=12):
+    """Abstract (qkv, pages, page_table, lengths, cos) of a decode step."""
+    num_heads, num_kv_heads = heads
+    qkv = (num_lanes, num_kv_heads, num_heads // num_kv_heads + 2, head_dim)
+    return (
+        jax.ShapeDtypeStruct(qkv, jnp.bfloat16),
+        jax.ShapeDtypeStruct((50, num_kv_heads, page_size, head_dim), jnp.bfloat16),
+        jax.ShapeDtypeStruct((num_lanes, max_pages), jnp.int32),
+        jax.ShapeDtypeStruct((num_lanes,), jnp.int32),
+        jax.ShapeDtypeStruct((num_lanes, head_dim // 2), jnp.float32),
+    )
+
+
+@pytest.mark.parametrize(
+    ("heads", "num_lanes", "head_dim", "page_size"),
+    [
+        ((32, 8), 4, 128, 16),
+        ((32, 8), 256, 128, 64),
+        ((14, 2), 200, 64, 128),
+        ((9, 3), 1, 64, 8),
+        ((16, 1), 4, 256, 128),
+        ((16, 1), 200, 128, 8),
+        ((4, 4), 4, 256, 16),
+    ],
+)
+def test_default_configuration_lowers_for_hopper(heads, num_lanes, head_dim, page_size):
+    qkv, pages, table, lengths, cos = shapes(num_lanes, heads, head_dim, page_size)
+    norm = jax.ShapeDtypeStruct((head_dim,), jnp.bfloat16)
+
+    def attend(qkv, k, v, table, lengths, cos, sin, q_norm, k_norm):
+        q = qkv[:, :, :-2].reshape(num_lanes, heads[0], head_dim)
+        plain = paged_decode(q, k, v, table, lengths, window=100, softcap=3.0, implementation="mosaic")
+        norms = {"q_norm": q_norm, "k_norm": k_norm}
+        return plain, paged_decode_update(
+            qkv, k, v, table, lengths, cos, sin, **norms, implementation="mosaic"
+        )
+
+    traced = jax.jit(attend).trace(qkv, pages, pages, table, lengths, cos, cos, norm, norm)
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("mosaic_gpu_v2") == 2
+    assert text.count("output_operand_alias<") == 2  # the pages of the update, in place
 
 
 def test_kernels_lower_inside_shard_map_over_the_kv_heads():
@@ -95,28 +187,52 @@ def test_kernels_lower_inside_shard_map_over_the_kv_heads():
     assert lowered.lower(lowering_platforms=("cuda",)).as_text().count("mosaic_gpu") >= 2
 
 
+def test_update_lowers_inside_shard_map_over_the_kv_heads():
+    mesh = Mesh(np.array(jax.devices()[:1]), ("tensor",))
+    heads, whole = PartitionSpec(None, "tensor"), PartitionSpec()
+    update = functools.partial(paged_decode_update, implementation="mosaic")
+    specs = (heads, heads, heads, whole, whole, whole, whole)
+    # The kernel takes references to the pages, which shard_map's check of varying axes cannot follow.
+    sharded = jax.shard_map(update, mesh=mesh, in_specs=specs, out_specs=(heads,) * 3, check_vma=False)
+    qkv, pages, table, lengths, cos = shapes(4, (8, 2), 64, 16)
+    traced = jax.jit(sharded).trace(qkv, pages, pages, table, lengths, cos, cos)
+    assert "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
 def test_operands_the_kernel_cannot_take_are_named():
     q, kv = inputs([5], 2, 1, 32, 8)
     with pytest.raises(ValueError, match="head_dim 32"):
         paged_decode(q, kv.k_pages, kv.v_pages, kv.page_table, kv.lengths, implementation="mosaic")
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(mosaic.device_without_kernels() is not None, reason="needs a Hopper GPU")
-@pytest.mark.parametrize("heads", [(32, 8), (14, 2), (9, 3), (16, 1), (4, 4)])
-@pytest.mark.parametrize(("head_dim", "page_size"), [(64, 8), (64, 64), (128, 16), (128, 128), (256, 32)])
-@pytest.mark.parametrize("options", [{}, {"window": 500, "softcap": 20.0}, {"with_sinks": True}])
+gpu = pytest.mark.gpu
+hopper = pytest.mark.skipif(mosaic.device_without_kernels() is not None, reason="needs a Hopper GPU")
+GPU_LENGTHS = [1, 0, 64, 1000, 129, 2500]
+
+
+@gpu
+@hopper
+@pytest.mark.parametrize("heads", [(32, 8), (14, 2), (16, 1), (4, 4)])
+@pytest.mark.parametrize(("head_dim", "page_size"), [(64, 64), (128, 16), (128, 128), (256, 32)])
+@pytest.mark.parametrize("options", [{}, {"window": 500, "softcap": 20.0, "with_sinks": True}])
 def test_kernel_on_the_gpu_is_softmax_attention(heads, head_dim, page_size, options):
-    options = dict(options)
-    q, kv = inputs([1, 0, 64, 1000, 129, 2500], *heads, head_dim, page_size)
-    sinks = np.linspace(-1, 2, heads[0]).astype(np.float32) if options.pop("with_sinks", False) else None
+    options, sinks = take_sinks(options, heads[0])
+    case = random_update(GPU_LENGTHS, *heads, head_dim, page_size, norms=bool(options), dtype=BFLOAT16)
+    operands = [
+        jnp.asarray(x) for x in (case.kv.k_pages, case.kv.v_pages, case.kv.page_table, case.kv.lengths)
+    ]
+    q, kv = case.expected()
     want = oracle.decode(q, kv, sinks=sinks, **options)
-    operands = [jnp.asarray(x) for x in (q, kv.k_pages, kv.v_pages, kv.page_table, kv.lengths)]
-    for splits in (1, 5):
-        config = DecodeConfig(64, 2, splits)
-        got = decode_kernel._decode(
-            *operands, sinks, head_dim**-0.5, options.get("window"), options.get("softcap"), config, None
+    norms = {} if case.norms is None else {"q_norm": case.norms[0], "k_norm": case.norms[1]}
+    o, k_pages, v_pages = paged_decode_update(
+        case.qkv, *operands, case.cos, case.sin, **norms, epsilon=case.epsilon, sinks=sinks, **options
+    )
+    assert oracle.relative_error(o, want) < 1e-2
+    for got, expected in ((k_pages, kv.k_pages), (v_pages, kv.v_pages)):
+        np.testing.assert_allclose(
+            np.asarray(got, np.float32), expected.astype(np.float32), rtol=1e-2, atol=1e-6
         )
-        assert oracle.relative_error(got, want) < 1e-2
-    got = paged_decode(*operands, sinks=sinks, **options)
+    got = paged_decode(q, k_pages, v_pages, *operands[2:], sinks=sinks, **options)
+    assert oracle.relative_error(got, want) < 1e-2
+    got = paged_decode(q, k_pages, v_pages, *operands[2:], sinks=sinks, deterministic=True, **options)
     assert oracle.relative_error(got, want) < 1e-2

@@ -32,6 +32,21 @@ def test_decode(lanes, table):
     assert compiled.memory_analysis().temp_size_in_bytes < POOL.size * 4 / 2
 
 
+@pytest.mark.parametrize("lanes", [1, 8])
+def test_decode_update(lanes):
+    qkv, rope = (jax.ShapeDtypeStruct(s, jnp.float32) for s in ((lanes, HEADS, 4, DIM), (lanes, DIM // 2)))
+
+    def step(k_pages, v_pages, qkv, page_table, lengths, cos, sin):
+        return kernels_pallas.paged_decode_update(qkv, k_pages, v_pages, page_table, lengths, cos, sin)
+
+    compiled = (
+        jax.jit(step, donate_argnums=(0, 1))
+        .lower(POOL, POOL, qkv, ints(lanes, 64), ints(lanes), rope, rope)
+        .compile()
+    )
+    assert compiled.memory_analysis().temp_size_in_bytes < POOL.size * 4 / 2
+
+
 @pytest.mark.parametrize("tokens", [1, 32])
 def test_prefill(tokens):
     def step(k_pages, v_pages, q, kv, slots, page_table, cu_seqlens, lengths):
