@@ -92,8 +92,7 @@ def decode_step(spec: StepSpec, lanes: int, variant: Variant) -> Callable:
         active = rows < state.rows
         position = jnp.where(active, state.length.at[rows].get(mode="clip"), 0)  # [B]
         batch_table = table.at[rows].get(mode="clip")  # [B, MP]
-        slots = slots_of(batch_table, position, active, spec.page_size, kv[0].shape[0])
-        batch = DecodeBatch(slots=slots, page_table=batch_table, lengths=jnp.where(active, position + 1, 0))
+        batch = DecodeBatch(page_table=batch_table, lengths=jnp.where(active, position + 1, 0))
         model = spec.model(weights)
         tokens = state.token.at[rows].get(mode="clip")
         hidden, pages = model(tokens, position, pair_pages(kv), batch)  # [B, D]

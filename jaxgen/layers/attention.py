@@ -1,5 +1,6 @@
 """Self-attention over a paged KV cache, for packed prompts and for one token per lane."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -13,7 +14,7 @@ from jaxgen.layers.linear import Linear
 from jaxgen.layers.norm import RMSNorm, rms_norm
 from jaxgen.layers.param import TENSOR_AXIS, LogicalAxes
 from jaxgen.layers.rope import apply_rope
-from kernels_pallas import Implementation, paged_decode, ragged_prefill, write_kv
+from kernels_pallas import Implementation, paged_decode_update, ragged_prefill, write_kv
 
 KVPages = list[tuple[jax.Array, jax.Array]]
 """Per layer (k_pages, v_pages), each [P, K, S, H]."""
@@ -37,7 +38,6 @@ class PrefillBatch:
 class DecodeBatch:
     """Where the single new token of each lane belongs; all int32."""
 
-    slots: jax.Array  # [B] KV slot of the new token; out of range for an empty lane
     page_table: jax.Array  # [B, MP]
     lengths: jax.Array  # [B] KV tokens including the new one; 0 for an empty lane
 
@@ -71,45 +71,76 @@ class AttentionBackends:
 AUTOMATIC = AttentionBackends()
 
 
-def attend(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
+def attend_decode(
+    qkv: jax.Array,
+    cos: jax.Array,
+    sin: jax.Array,
+    norms: tuple[jax.Array, jax.Array] | None,
     k_pages: jax.Array,
     v_pages: jax.Array,
-    batch: AttentionBatch,
+    batch: DecodeBatch,
     *,
+    epsilon: float,
     window: int | None,
     backends: AttentionBackends = AUTOMATIC,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Store the new keys and values, then attend to everything the batch's rows have stored.
+    """Everything between the projections of a decode layer: head norms, rope, KV write and attention.
 
-    q [T, K, G, H], k and v [T, K, H], pages [P, K, S, H]; returns o [T, K, G, H] and the new pages.
+    qkv [B, K, G + 2, H], cos and sin [B, rotary_dim / 2], norms of q and k [H] each, pages [P, K, S, H];
+    returns o [B, K, G, H] and the new pages.
     """
+    q_norm, k_norm = norms or (None, None)
+    o, k_pages, v_pages = paged_decode_update(
+        qkv,
+        k_pages,
+        v_pages,
+        batch.page_table,
+        batch.lengths,
+        cos,
+        sin,
+        q_norm=q_norm,
+        k_norm=k_norm,
+        epsilon=epsilon,
+        window=window,
+        deterministic=backends.deterministic,
+        implementation=backends.decode,
+    )
+    lanes, kv_heads, rows, head_dim = qkv.shape
+    return o.reshape(lanes, kv_heads, rows - 2, head_dim), k_pages, v_pages
+
+
+def attend_prefill(
+    qkv: jax.Array,
+    cos: jax.Array,
+    sin: jax.Array,
+    norms: tuple[jax.Array, jax.Array] | None,
+    k_pages: jax.Array,
+    v_pages: jax.Array,
+    batch: PrefillBatch,
+    *,
+    epsilon: float,
+    window: int | None,
+    backends: AttentionBackends = AUTOMATIC,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """As `attend_decode`, for packed prompts: qkv [T, K, G + 2, H] gives o [T, K, G, H]."""
+    qk, v = qkv[:, :, :-1], qkv[:, :, -1]
+    group = qk.shape[2] - 1
+    if norms is not None:
+        q_norm, k_norm = norms
+        qk = rms_norm(qk, jnp.stack([q_norm] * group + [k_norm]), epsilon)  # weight [G + 1, H]
+    qk = apply_rope(qk, cos, sin)  # q and k together: one kernel instead of two
+    q, k = qk[:, :, :-1], qk[:, :, -1]
     k_pages, v_pages = write_kv(k_pages, v_pages, k, v, batch.slots)
-    heads = q.reshape(q.shape[0], -1, q.shape[-1])  # [T, N, H]
-    if isinstance(batch, DecodeBatch):
-        o = paged_decode(
-            heads,
-            k_pages,
-            v_pages,
-            batch.page_table,
-            batch.lengths,
-            window=window,
-            deterministic=backends.deterministic,
-            implementation=backends.decode,
-        )
-    else:
-        o = ragged_prefill(
-            heads,
-            k_pages,
-            v_pages,
-            batch.page_table,
-            batch.cu_seqlens,
-            batch.lengths,
-            window=window,
-            implementation=backends.prefill,
-        )
+    o = ragged_prefill(
+        q.reshape(q.shape[0], -1, q.shape[-1]),  # [T, N, H]
+        k_pages,
+        v_pages,
+        batch.page_table,
+        batch.cu_seqlens,
+        batch.lengths,
+        window=window,
+        implementation=backends.prefill,
+    )
     return o.reshape(q.shape), k_pages, v_pages
 
 
@@ -145,6 +176,7 @@ class Attention(nnx.Module):
         else:
             self.q_norm = RMSNorm(head_dim, qk_norm_epsilon, dtype, axis=None)
             self.k_norm = RMSNorm(head_dim, qk_norm_epsilon, dtype, axis=None)
+        self.epsilon = qk_norm_epsilon or 0.0
         self.window = window
         self.mesh = mesh
         self.backends = backends
@@ -160,28 +192,22 @@ class Attention(nnx.Module):
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """x [T, D], cos and sin [T, rotary_dim / 2]; returns [T, D] and the updated pages."""
         qkv = self.qkv(x)  # [T, K, G + 2, H]
-        qk, v = qkv[:, :, :-1], qkv[:, :, -1]
-        qk = apply_rope(self._normalise(qk), cos, sin)  # q and k together: one kernel instead of two
-        o, k_pages, v_pages = self._attend(qk[:, :, :-1], qk[:, :, -1], v, k_pages, v_pages, batch)
+        o, k_pages, v_pages = self._attend(qkv, cos, sin, k_pages, v_pages, batch)
         return self.out(o.reshape(x.shape[0], -1)), k_pages, v_pages
 
-    def _normalise(self, qk: jax.Array) -> jax.Array:
-        if self.q_norm is None or self.k_norm is None:
-            return qk
-        q_weight, k_weight = self.q_norm.weight[...], self.k_norm.weight[...]
-        group = qk.shape[2] - 1
-        weight = jnp.stack([q_weight] * group + [k_weight])  # [G + 1, H]
-        return rms_norm(qk, weight, self.q_norm.epsilon)
-
-    def _attend(self, q, k, v, k_pages, v_pages, batch):
-        attention = partial(attend, window=self.window, backends=self.backends)
+    def _attend(self, qkv, cos, sin, k_pages, v_pages, batch):
+        attend: Callable = attend_decode if isinstance(batch, DecodeBatch) else attend_prefill
+        attention = partial(attend, epsilon=self.epsilon, window=self.window, backends=self.backends)
+        norms = None
+        if self.q_norm is not None and self.k_norm is not None:
+            norms = self.q_norm.weight[...], self.k_norm.weight[...]
         if self.mesh is not None and self.mesh.shape[TENSOR_AXIS] > 1:
             heads = P(None, TENSOR_AXIS)
             attention = jax.shard_map(
                 attention,
                 mesh=self.mesh,
-                in_specs=(heads, heads, heads, heads, heads, P()),
+                in_specs=(heads, P(), P(), P(), heads, heads, P()),
                 out_specs=(heads, heads, heads),
                 check_vma=False,  # kernels do not say how their results vary over the mesh
             )
-        return attention(q, k, v, k_pages, v_pages, batch)
+        return attention(qkv, cos, sin, norms, k_pages, v_pages, batch)

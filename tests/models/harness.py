@@ -111,11 +111,8 @@ class Runner:
         live = np.array([token is not None for token in tokens])
         ids = np.array([-1 if token is None else token for token in tokens], np.int32)
         own = np.array(positions, np.int32)
-        rows = np.arange(len(tokens))
-        slots = self.page_table[rows, own // PAGE_SIZE] * PAGE_SIZE + own % PAGE_SIZE
-        slots = np.where(live, slots, self.page_table.size * PAGE_SIZE).astype(np.int32)
         lengths = np.where(live, own + 1, 0).astype(np.int32)
-        batch = DecodeBatch(slots, self.page_table, lengths)
+        batch = DecodeBatch(self.page_table, lengths)
         logits, self.kv = self._decode(self.leaves, ids, np.where(live, own, 0), self.kv, batch)
         return np.asarray(logits)
 

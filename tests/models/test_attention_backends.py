@@ -3,25 +3,35 @@
 import jax.numpy as jnp
 import pytest
 
-from jaxgen.layers.attention import AttentionBackends, DecodeBatch, PrefillBatch, attend
+from jaxgen.layers.attention import (
+    AttentionBackends,
+    DecodeBatch,
+    PrefillBatch,
+    attend_decode,
+    attend_prefill,
+)
 
 PAGES = jnp.zeros((4, 1, 8, 64), jnp.float32)
 TABLE = jnp.zeros((1, 4), jnp.int32)
 ONE = jnp.ones((1,), jnp.int32)
-BATCHES = {
-    "decode": DecodeBatch(slots=ONE, page_table=TABLE, lengths=ONE),
-    "prefill": PrefillBatch(
-        slots=ONE, page_table=TABLE, cu_seqlens=jnp.array([0, 1], jnp.int32), lengths=ONE
+ANGLES = jnp.ones((1, 32))
+PHASES = {
+    "decode": (attend_decode, DecodeBatch(page_table=TABLE, lengths=ONE)),
+    "prefill": (
+        attend_prefill,
+        PrefillBatch(slots=ONE, page_table=TABLE, cu_seqlens=jnp.array([0, 1], jnp.int32), lengths=ONE),
     ),
 }
 
 
 def run(phase: str, backends: AttentionBackends):
-    q, kv = jnp.ones((1, 1, 2, 64)), jnp.ones((1, 1, 64))
-    return attend(q, kv, kv, PAGES, PAGES, BATCHES[phase], window=None, backends=backends)[0]
+    attend, batch = PHASES[phase]
+    qkv = jnp.ones((1, 1, 4, 64))
+    options = {"epsilon": 1e-6, "window": None, "backends": backends}
+    return attend(qkv, ANGLES, ANGLES, None, PAGES, PAGES, batch, **options)[0]
 
 
-@pytest.mark.parametrize("phase", BATCHES)
+@pytest.mark.parametrize("phase", PHASES)
 def test_each_phase_runs_the_implementation_it_was_given(phase):
     other = {"decode": "prefill", "prefill": "decode"}[phase]
     assert run(phase, AttentionBackends(**{other: "mosaic"})).shape == (1, 1, 2, 64)

@@ -16,7 +16,7 @@ def test_logits_are_float32_and_the_rest_keeps_its_type(family):
     config = load_config(family)
     page = jax.ShapeDtypeStruct((4, config.num_kv_heads, 8, config.head_dim), jnp.bfloat16)
     ints = jax.ShapeDtypeStruct((2,), jnp.int32)
-    batch = DecodeBatch(ints, jax.ShapeDtypeStruct((2, 2), jnp.int32), ints)
+    batch = DecodeBatch(jax.ShapeDtypeStruct((2, 2), jnp.int32), ints)
 
     def step(tokens, positions, kv, batch):
         model = build_model(config, jnp.bfloat16)

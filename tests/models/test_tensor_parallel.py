@@ -24,7 +24,7 @@ def test_a_step_sums_partial_results_and_moves_nothing_else():
     runner = golden_runner("llama3", tp_size=3)
     lanes = runner.max_rows
     zeros = np.zeros(lanes, np.int32)
-    batch = DecodeBatch(zeros, runner.page_table, zeros + 1)
+    batch = DecodeBatch(runner.page_table, zeros + 1)
     step = jax.jit(runner._forward).lower(runner.leaves, zeros, zeros, runner.kv, batch)
     collectives = re.findall(
         r" (all-\w+|reduce-scatter|collective-\w+)(?:-start)?\(", step.compile().as_text()
