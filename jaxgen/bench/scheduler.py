@@ -18,7 +18,7 @@ import numpy as np
 from jaxgen.bench import report
 from jaxgen.execution.batch import RowMirror, pack_decode, pack_prefill
 from jaxgen.execution.runner import Launched, StepResult
-from jaxgen.execution.sampler import GREEDY
+from jaxgen.execution.sampler import PLAIN
 from jaxgen.execution.step import StepOutput
 from jaxgen.loop import EngineLoop
 from jaxgen.sampling_params import SamplingParams
@@ -74,7 +74,7 @@ class FakeRunner:
     def _prefill(self, plan: Plan) -> None:
         fresh = [self._mirror.claim(chunk.request) for chunk in plan.chunks]
         self._mirror.assign_pages(plan.page_updates)
-        pack_prefill(plan, self._mirror, fresh, PREFILL_TOKENS, PREFILL_ROWS, GREEDY)
+        pack_prefill(plan, self._mirror, fresh, PREFILL_TOKENS, PREFILL_ROWS, PLAIN)
 
 
 class Silent:

@@ -17,9 +17,8 @@ NEVER = np.iinfo(np.int32).max
 
 @dataclasses.dataclass(frozen=True)
 class RequestNeeds:
-    """What one request asks of a compiled step beyond greedy decoding."""
+    """What one request asks of a compiled step beyond drawing its tokens."""
 
-    sample: bool
     full: bool
     mode: int
     edit_width: int
@@ -57,7 +56,6 @@ def needs_of(request: Request) -> RequestNeeds:
     if request.return_logprob:
         mode |= L.LOGPROBS
     return RequestNeeds(
-        sample=not params.greedy,
         full=mode != 0,
         mode=mode,
         edit_width=edits,

@@ -30,7 +30,7 @@ from jaxgen.execution.programs import (
     shard_bytes,
     temporary_bytes,
 )
-from jaxgen.execution.sampler import GREEDY, SAMPLE, Logprobs, Variant
+from jaxgen.execution.sampler import PLAIN, Logprobs, Variant
 from jaxgen.execution.step import StepOutput, StepSpec
 from jaxgen.execution.step_cache import StepCache
 from jaxgen.layers.attention import KV_PAGE_AXES, AttentionBackends
@@ -264,10 +264,10 @@ class Runner:
         """The variants compiled per bucket, least first.
 
         On a CPU one full step does it all: what no row wants is skipped at run time at no cost. On a GPU a
-        run-time branch would break the command buffer, so the common cases get programs of their own.
+        run-time branch would break the command buffer, so the common case gets steps of its own.
         """
-        full = Variant(True, True, min(TOP_LOGPROBS, self.model_config.vocab_size))
-        return (full,) if self.device.platform == "cpu" else (GREEDY, SAMPLE, full)
+        full = Variant(True, min(TOP_LOGPROBS, self.model_config.vocab_size))
+        return (full,) if self.device.platform == "cpu" else (PLAIN, full)
 
     def _warm_up(self, report: StartupReport) -> None:
         config = self.config
@@ -463,15 +463,12 @@ class Runner:
     def _variant(self, rows: Iterable[int]) -> Variant:
         """The least start-up variant that covers the rows (a wider one where a row wants more)."""
         needs = [n for row in rows if (n := self.mirror.needs[row]) is not None]
-        sample = any(n.sample for n in needs)
         full = any(n.full for n in needs)
         top = max((n.top_logprobs for n in needs), default=0)
         for variant in self._lane_variants:
-            if variant.sample >= sample and variant.full >= full and variant.top_logprobs >= top:
+            if variant.full >= full and variant.top_logprobs >= top:
                 return variant
-        return Variant(
-            sample=True, full=True, top_logprobs=min(_power_of_two(top), self.model_config.vocab_size)
-        )
+        return Variant(full=True, top_logprobs=min(_power_of_two(top), self.model_config.vocab_size))
 
     def _decode_bucket(self, lanes_needed: int, variant: Variant) -> int:
         buckets = self._decode_buckets(variant)

@@ -15,18 +15,17 @@ from jaxgen.execution import lanes as L
 class Variant(NamedTuple):
     """What a compiled step can do; a batch runs in the least variant that covers its rows.
 
-    sample: rows with temperature > 0 are drawn, otherwise every row is greedy.
+    Every step draws rows with a temperature and takes the greedy token of the others.
+
     full: penalties, logit edits and log-probabilities, each skipped at run time when no row wants it.
     top_logprobs: how many of the largest log-probabilities a full step reports (K).
     """
 
-    sample: bool
     full: bool
     top_logprobs: int = 0
 
 
-GREEDY = Variant(sample=False, full=False)
-SAMPLE = Variant(sample=True, full=False)
+PLAIN = Variant(full=False)
 
 
 @jax.tree_util.register_dataclass
@@ -99,32 +98,17 @@ def edit_logits(logits: jax.Array, counts: jax.Array, params: RowParams) -> jax.
     return jax.lax.cond(params.wants(L.EDITS).any(), lambda x: apply_edits(x, params), lambda x: x, logits)
 
 
-def greedy_tokens(logits: jax.Array) -> jax.Array:
-    """Argmax per row, lowest id on ties, -1 where the row holds a NaN; [B, V] -> [B] int32."""
-    best = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    top = jnp.take_along_axis(logits, best[:, None], axis=-1)[:, 0]  # argmax returns the NaN, if any
-    return jnp.where(jnp.isnan(top), -1, best)
-
-
-def draw(logits: jax.Array, params: RowParams, variant: Variant) -> jax.Array:
+def draw(logits: jax.Array, params: RowParams) -> jax.Array:
     """Next tokens [B] int32 from edited logits [B, V] float32; -1 marks a row with NaN."""
-    if not variant.sample:
-        return greedy_tokens(logits)
-
-    def sampled(x):
-        return kernels_pallas.sample(
-            x,
-            params.floats[:, L.TEMPERATURE],
-            params.ints[:, L.TOP_K],
-            params.floats[:, L.TOP_P],
-            params.floats[:, L.MIN_P],
-            params.ints[:, L.SEED],
-            params.position,
-        )
-
-    if not variant.full:
-        return sampled(logits)
-    return jax.lax.cond((params.floats[:, L.TEMPERATURE] > 0).any(), sampled, greedy_tokens, logits)
+    return kernels_pallas.sample(
+        logits,
+        params.floats[:, L.TEMPERATURE],
+        params.ints[:, L.TOP_K],
+        params.floats[:, L.TOP_P],
+        params.floats[:, L.MIN_P],
+        params.ints[:, L.SEED],
+        params.position,
+    )
 
 
 def log_probabilities(logits: jax.Array, chosen: jax.Array, logprob_ids: jax.Array, top: int) -> Logprobs:

@@ -164,10 +164,10 @@ def _sample(spec: StepSpec, variant: Variant, model, hidden, params, counts, row
     """Draws a token for each of the B rows of hidden [B, D]; counts the real ones of penalised rows."""
     logits = spec.logits(model, hidden)  # [B, V] float32
     if not variant.full:
-        return sampler.draw(logits, params, variant), None, counts
+        return sampler.draw(logits, params), None, counts
     in_range = jnp.minimum(rows, counts.shape[0] - 1)
     logits = sampler.edit_logits(logits, counts[in_range], params)
-    drawn = sampler.draw(logits, params, variant)
+    drawn = sampler.draw(logits, params)
     logprobs = sampler.output_log_probabilities(
         logits, drawn, params, variant.top_logprobs, original=spec.original_logprobs
     )

@@ -19,7 +19,7 @@ from kernels_pallas import gumbel_noise
 from tests.kernels import oracle
 
 V, ROWS, STEPS, PROMPT = 40, 4, 5, 3
-FULL = Variant(sample=True, full=True, top_logprobs=V)
+FULL = Variant(full=True, top_logprobs=V)
 # The step with the model cut away: what stands for the hidden vectors are the logits themselves.
 SPEC = SimpleNamespace(logits=lambda model, hidden: hidden, original_logprobs=False)
 
