@@ -60,11 +60,11 @@ class FakeRunner:
         else:
             self._prefill(plan)
         tokens: Any = np.full(max(1, len(plan.chunks) + len(plan.lanes)), 17, np.int32)
-        output = StepOutput(tokens, None, None, None)
-        return Launched(plan, output, wants_logprobs=False, wants_input_logprobs=False, wants_hidden=False)
+        output = StepOutput(None, None, None, None)
+        return Launched(plan, tokens, None, output, False, False, False)
 
     def read(self, launched: Launched) -> StepResult:
-        return StepResult(np.asarray(launched.output.tokens).tolist(), None, None, None)
+        return StepResult(np.asarray(launched.tokens).tolist(), None, None, None)
 
     def _decode(self, plan: Plan) -> None:
         if plan.membership_changed or plan.page_updates:

@@ -14,9 +14,9 @@ from jaxgen.execution import layout
 from jaxgen.execution.kv_cache import KVShape
 from jaxgen.execution.lanes import LaneState
 from jaxgen.execution.sampler import Variant
-from jaxgen.execution.step import StepSpec, copy_step, decode_step, prefill_step
+from jaxgen.execution.step import StepSpec, copy_step, decode_step, newest_tokens, prefill_step, refill
 
-COPY, DECODE, PREFILL = "copy", "decode", "prefill"
+COPY, DECODE, PREFILL, NEWEST, REFILL = "copy", "decode", "prefill", "newest", "refill"
 
 # XLA's Triton matrix products win for a few tokens; beyond, cuBLAS is as fast or faster (8B shapes on an H100:
 # 189 us a layer against 205 at 64 tokens, 229 against 236 at 256) and is tuned in a tenth of the time.
@@ -26,7 +26,8 @@ MOST_TRITON_TOKENS = 16
 class StepKey(NamedTuple):
     """One compiled step.
 
-    size: pages (copy), lanes (decode) or packed tokens (prefill). rows: prefill only. widths: of the sparse
+    size: pages (copy), lanes (decode and the refill of its upload), packed tokens (prefill) or rows of the lane
+    state (newest tokens). rows: prefill only. widths: of the sparse
     edits and of the requested log-probabilities in the lane state.
     """
 
@@ -91,6 +92,12 @@ class Programs:
         if key.kind == COPY:
             jitted = jax.jit(copy_step, donate_argnums=(0,), out_shardings=kv_out)
             return jitted.lower(kv, self._upload((2, key.size)))
+        if key.kind == NEWEST:
+            return jax.jit(newest_tokens, out_shardings=self.replicated).lower(shapes.state.token)
+        if key.kind == REFILL:
+            packed = self._upload((layout.decode_layout(key.size).size,))
+            jitted = jax.jit(refill, donate_argnums=(0,), keep_unused=True, out_shardings=self.replicated)
+            return jitted.lower(packed, packed)
         assert key.variant is not None
         if key.kind == DECODE:
             function = decode_step(self.spec, key.size, key.variant)

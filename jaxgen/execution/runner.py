@@ -22,7 +22,9 @@ from jaxgen.execution.kv_cache import KVShape
 from jaxgen.execution.programs import (
     COPY,
     DECODE,
+    NEWEST,
     PREFILL,
+    REFILL,
     Programs,
     Shapes,
     StepKey,
@@ -76,9 +78,11 @@ class RunnerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Launched:
-    """A step on its way: the plan it serves and its outputs on the device."""
+    """A step on its way: the plan it serves and what it leaves on the device."""
 
     plan: Plan
+    tokens: jax.Array  # int32
+    order: np.ndarray | None  # where in `tokens` the plan's are; None: at the front, in the plan's order
     output: StepOutput
     wants_logprobs: bool
     wants_input_logprobs: bool
@@ -100,6 +104,7 @@ class DecodeUpload:
     """What a decode step needs from the host; kept while the same lanes decode."""
 
     key: StepKey
+    rows: np.ndarray  # rows of the lanes in the lane state
     packed: jax.Array | None
     wants_logprobs: bool
     wants_hidden: bool
@@ -130,6 +135,7 @@ class Runner:
             self._programs, params = self._build_model(cache_directory)
         self.weight_bytes = sum(map(shard_bytes, params.values()))
         self._cache = self._open_cache(cache_directory)
+        self._uploads: dict[int, jax.Array] = {}
         self._steps: StepTable[StepKey] = StepTable(self._build_step, strict=config.strict_compile)
         with report.phase("plan memory"):
             self._shapes = self._plan_shapes()
@@ -271,12 +277,14 @@ class Runner:
 
     def _warm_up(self, report: StartupReport) -> None:
         config = self.config
-        keys = [self._copy_key()]
+        keys = [self._copy_key(), self._newest_key()]
         for variant in self._lane_variants:
             if config.precompile_prefill:
                 keys += [self._prefill_key(bucket, variant) for bucket in self._prefill_buckets(variant)]
             if config.precompile_decode:
                 keys += [self._decode_key(bucket, variant) for bucket in self._decode_buckets(variant)]
+        if config.precompile_decode:
+            keys += [self._refill_key(lanes) for lanes in config.decode_buckets]
         # The largest first: they take longest.
         keys.sort(key=lambda key: -key.size)
         started = time.perf_counter()
@@ -296,13 +304,15 @@ class Runner:
 
     def _run_empty(self, key: StepKey) -> None:
         """Runs a compiled step on padding only, so that the first request finds it loaded and captured."""
+        if key.kind in (NEWEST, REFILL):
+            return  # small, and run with every decode step
         if key.kind == COPY:
             self._copy_pages([(0, self.kv_shape.num_pages)])  # to a page out of range: dropped
             return
         assert key.variant is not None
         if key.kind == DECODE:
             packed = np.full(layout.decode_layout(key.size).size, self.config.rows, np.int32)
-            self._run(key, packed)
+            self._run(key, self._upload(key.size, packed))
         else:
             nothing = Plan(kind=PREFILL)
             self._run(key, *pack_prefill(nothing, self.mirror, [], key.size, key.rows, key.variant))
@@ -331,6 +341,12 @@ class Runner:
 
     def _prefill_key(self, bucket: tuple[int, int], variant: Variant) -> StepKey:
         return StepKey(PREFILL, *bucket, variant, self._shapes.widths)
+
+    def _newest_key(self) -> StepKey:
+        return StepKey(NEWEST, self.config.rows)
+
+    def _refill_key(self, lanes: int) -> StepKey:
+        return StepKey(REFILL, lanes)
 
     def _copy_key(self) -> StepKey:
         return StepKey(COPY, self.config.prefill_buckets[-1][1])
@@ -385,7 +401,7 @@ class Runner:
             self._copy_pages(plan.copies)
         launched = self._launch_decode(plan) if plan.kind == "decode" else self._launch_prefill(plan)
         output = launched.output
-        output.tokens.copy_to_host_async()
+        launched.tokens.copy_to_host_async()
         wanted = [
             (launched.wants_logprobs, output.logprobs),
             (launched.wants_input_logprobs, output.input_logprobs),
@@ -399,13 +415,14 @@ class Runner:
 
     def read(self, launched: Launched) -> StepResult:
         """Waits for a launched step and returns what its plan asked for as host arrays."""
-        output = launched.output
+        output, order = launched.output, launched.order
+        tokens = np.asarray(launched.tokens)
 
         def host(wanted: bool, arrays):
             return jax.tree.map(np.asarray, arrays) if wanted else None
 
         return StepResult(
-            tokens=np.asarray(output.tokens).tolist(),
+            tokens=(tokens if order is None else tokens[order]).tolist(),
             logprobs=host(launched.wants_logprobs, output.logprobs),
             input_logprobs=host(launched.wants_input_logprobs, output.input_logprobs),
             hidden=host(launched.wants_hidden, output.hidden),
@@ -417,6 +434,7 @@ class Runner:
             variant = self._variant(request.row for request in plan.lanes)
             decode = DecodeUpload(
                 key=self._decode_key(self._decode_bucket(len(plan.lanes), variant), variant),
+                rows=np.array([request.row for request in plan.lanes], np.int32),
                 packed=None,
                 wants_logprobs=variant.full and any(r.return_logprob for r in plan.lanes),
                 wants_hidden=self.config.return_hidden and any(r.return_hidden for r in plan.lanes),
@@ -424,11 +442,12 @@ class Runner:
         if decode.packed is None or plan.page_updates:
             # Without news the upload of the step before serves again: its page updates are in place already.
             self.mirror.assign_pages(plan.page_updates)
-            packed = self._put(pack_decode(plan, decode.key.size, self.config.rows))
-            decode = dataclasses.replace(decode, packed=packed)
+            packed = pack_decode(plan, decode.key.size, self.config.rows)
+            decode = dataclasses.replace(decode, packed=self._upload(decode.key.size, packed))
         self._decode = decode
         output = self._run(decode.key, decode.packed)
-        return Launched(plan, output, decode.wants_logprobs, False, decode.wants_hidden)
+        tokens = self._steps.get(self._newest_key())(self.state.token)
+        return Launched(plan, tokens, decode.rows, output, decode.wants_logprobs, False, decode.wants_hidden)
 
     def _launch_prefill(self, plan: Plan) -> Launched:
         self._decode = None
@@ -442,11 +461,21 @@ class Runner:
         output = self._run(self._prefill_key(bucket, variant), *uploads)
         return Launched(
             plan,
+            output.tokens,
+            None,
             output,
             wants_logprobs=variant.full and any(r.return_logprob for r in requests),
             wants_input_logprobs=variant.full and any(map(wants_input_logprobs, plan.chunks)),
             wants_hidden=self.config.return_hidden and any(r.return_hidden for r in requests),
         )
+
+    def _upload(self, lanes: int, packed: np.ndarray) -> jax.Array:
+        """The packed array of a decode step on the device, at one address for each number of lanes."""
+        array, buffer = self._put(packed), self._uploads.get(lanes)
+        if buffer is not None:
+            array = self._steps.get(self._refill_key(lanes))(buffer, array)
+        self._uploads[lanes] = array
+        return array
 
     def _copy_pages(self, copies: Sequence[tuple[int, int]]) -> None:
         key = self._copy_key()
@@ -520,8 +549,9 @@ class Runner:
         """Returns every device buffer the runner owns."""
         self._decode = None
         self._steps.clear()
-        for array in jax.tree.leaves((self.weights, self.kv, self.state)):
+        for array in jax.tree.leaves((self.weights, self.kv, self.state, self._uploads)):
             array.delete()
+        self._uploads = {}
         self.weights, self.kv, self.state = (), (), None
 
 

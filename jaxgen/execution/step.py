@@ -29,12 +29,12 @@ LOGPROB_BLOCK = 128
 class StepOutput:
     """What a step leaves for the host.
 
-    tokens [B or N] int32 drawn tokens (-1: the row held NaN); logprobs of them (full steps);
-    input_logprobs of the T packed tokens' targets (full prefill steps); hidden [B or T, D] final-norm
-    vectors (engines that return hidden states).
+    tokens [N] int32 drawn tokens of a prefill step (-1: the row held NaN); a decode step leaves its tokens in
+    the lane state alone. logprobs of the drawn tokens (full steps); input_logprobs of the T packed tokens'
+    targets (full prefill steps); hidden [B or T, D] final-norm vectors (engines that return hidden states).
     """
 
-    tokens: jax.Array
+    tokens: jax.Array | None
     logprobs: Logprobs | None
     input_logprobs: Logprobs | None
     hidden: jax.Array | None
@@ -83,7 +83,12 @@ def slots_of(table: jax.Array, position: jax.Array, active: jax.Array, page_size
 
 
 def decode_step(spec: StepSpec, lanes: int, variant: Variant) -> Callable:
-    """(weights, kv, state, packed int32) -> (StepOutput, kv, state): one token for each of B lanes."""
+    """(weights, kv, state, packed int32) -> (StepOutput, kv, state): one token for each of B lanes.
+
+    The plain step has no output that is not written over one of its inputs. With every buffer at the address
+    of the step before, a GPU replays the captured step as it is; a single new address costs the host an
+    update of the whole graph, which takes longer than a small model computes.
+    """
 
     def step(weights, kv, state: L.LaneState, packed):
         fields = layout.decode_layout(lanes).views(packed)
@@ -105,7 +110,7 @@ def decode_step(spec: StepSpec, lanes: int, variant: Variant) -> Callable:
             page_table=table,
             counts=counts,
         )
-        output = StepOutput(drawn, logprobs, None, hidden if spec.return_hidden else None)
+        output = StepOutput(None, logprobs, None, hidden if spec.return_hidden else None)
         return output, flatten_pages(pages), state
 
     return step
@@ -235,6 +240,17 @@ def _input_logprobs(spec: StepSpec, model, hidden, f, owner, top: int) -> Logpro
 
     wanted = ((f["flags"] & layout.INPUT_LOGPROBS) != 0).any()
     return jax.lax.cond(wanted, compute, lambda _: sampler.no_log_probabilities(tokens, width, top), None)
+
+
+def newest_tokens(state_tokens: jax.Array) -> jax.Array:
+    """A copy [R] of the newest token of every row, for the host: the original goes into the next step."""
+    return state_tokens + 0
+
+
+def refill(buffer: jax.Array, packed: jax.Array) -> jax.Array:
+    """`packed` in the place of `buffer`, which is donated."""
+    del buffer
+    return packed + 0
 
 
 def copy_step(kv: Sequence[jax.Array], packed: jax.Array) -> tuple[jax.Array, ...]:
