@@ -57,6 +57,18 @@ def operand_buffer(shape: tuple[int, ...], dtype, like: int | None = None) -> pl
     return plgpu.SMEM(shape, dtype, transforms=transforms)
 
 
+def tiles_of(buffer: plgpu.SMEM) -> tuple[int, plgpu.SMEM]:
+    """Columns of a swizzle tile of an `operand_buffer` [..., rows, columns], and its memory as these tiles.
+
+    To be put in one `plgpu.RefUnion` with the buffer: [..., rows // 8, columns // c, 8, c].
+    """
+    tiling, swizzle = buffer.transforms
+    *leading, rows, columns = buffer.shape
+    height, width = tiling.tiling
+    shape = (*leading, rows // height, columns // width, height, width)
+    return width, plgpu.SMEM(shape, buffer.dtype, transforms=(swizzle,))
+
+
 def dot(left, right, shape: tuple[int, int]):
     """Product float32 of two operands in shared memory."""
 

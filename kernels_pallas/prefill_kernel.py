@@ -1,10 +1,9 @@
-"""Ragged causal attention over paged KV for Hopper: wgmma, one TMA copy per page, warpgroups in ping-pong.
+"""Ragged causal attention over paged KV for Hopper: persistent blocks, wgmma, one TMA copy per page.
 
-Query tokens are cut into tiles of one row each; a compute warpgroup holds 64 // G tokens with the G query
-heads of one kv head, so the heads share every key they read and a row of few tokens wastes little. A block of
-threads is one (kv head, tile): its two compute warpgroups take neighbouring tokens and take turns, one
-multiplying while the other does its softmax, and a memory warpgroup streams the pages. Blocks of keys that
-every query of the tile sees skip the mask.
+One block of threads per multiprocessor walks a list of (tile of query slabs, kv head), longest first
+(`prefill_schedule`). Its memory warpgroup fetches the queries and the pages of the next tile while the compute
+warpgroups finish the one before. The two compute warpgroups hold 64 rows each and take turns, one multiplying
+while the other does its softmax. Blocks of keys that every query of a warpgroup sees skip the mask.
 """
 
 import functools
@@ -16,17 +15,22 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from kernels_pallas import mosaic
+from kernels_pallas import mosaic, prefill_schedule
 from kernels_pallas.mosaic import LOG2E, MASKED, ROWS
+from kernels_pallas.prefill_schedule import FIELDS, SLAB
+
+WG_SLABS = ROWS // SLAB
+QUERY_SLOTS = 2  # tiles whose queries are in shared memory: one in work, one fetched
 
 
 @dataclass(frozen=True)
 class PrefillConfig:
-    """Tuning of one shape: KV tokens per trip, trips in flight, compute warpgroups (1 or 2)."""
+    """Tuning of one shape: KV tokens per trip, trips in flight, compute warpgroups, persistent blocks."""
 
     block_kv: int
     stages: int
     warpgroups: int = 2
+    blocks: int = 132
 
 
 def unsupported(q: jax.Array, k_pages: jax.Array, v_pages: jax.Array) -> str | None:
@@ -54,20 +58,6 @@ def ragged_prefill(
     return _prefill(*operands, scale, window, softcap, config, None)
 
 
-def _tiles(cu_seqlens, lengths, tokens: int, num_tiles: int):
-    """Per tile [num_tiles] int32: row, first token, token count (0: no work), first token's KV position."""
-    counts = cu_seqlens[1:] - cu_seqlens[:-1]
-    tiles = -(-counts // tokens)  # [R]
-    ends = jnp.cumsum(tiles)
-    tile = jnp.arange(num_tiles, dtype=jnp.int32)
-    row = jnp.minimum((tile[:, None] >= ends[None, :]).sum(axis=1, dtype=jnp.int32), counts.shape[0] - 1)
-    begin = (tile - (ends - tiles)[row]) * tokens  # inside the row
-    count = jnp.where(tile < ends[-1], jnp.minimum(counts[row] - begin, tokens), 0)
-    first = jnp.where(count > 0, cu_seqlens[row] + begin, 0)
-    position = jnp.where(count > 0, (lengths - counts)[row] + begin, 0)
-    return row, first, count, position
-
-
 # Module level, so that all layers of a model share one trace and one compilation of the kernel.
 @functools.partial(jax.jit, static_argnames=("scale", "window", "softcap", "config", "interpret"))
 def _prefill(
@@ -76,221 +66,317 @@ def _prefill(
     num_tokens, num_heads, head_dim = q.shape
     _, num_kv_heads, page_size, _ = k_pages.shape
     group = num_heads // num_kv_heads
-    block, stages, groups = config.block_kv, config.stages, config.warpgroups
-    tokens = ROWS // group  # of one warpgroup
-    rows = tokens * group
-    tile_tokens = groups * tokens
-    num_tiles = -(-num_tokens // tile_tokens) + lengths.shape[0]
+    block, stages, groups, blocks = config.block_kv, config.stages, config.warpgroups, config.blocks
+    tile_slabs = groups * WG_SLABS
+    num_tiles = prefill_schedule.max_tiles(num_tokens, lengths.shape[0], group, tile_slabs)
     copy_rows = min(page_size, block)
     copies = block // copy_rows
     blocks_per_page = max(page_size // block, 1)
     dtype = q.dtype
     layout = plgpu.Layout.WGMMA
-    # Every warpgroup loads whole tiles, so the queries need one tile of slack behind them.
     queries = q.reshape(num_tokens, num_kv_heads, group, head_dim)
-    if interpret is not None:  # the copy engine zero-fills there, the interpreter does not
-        queries = jnp.pad(queries, ((0, tile_tokens), (0, 0), (0, 0), (0, 0)))
+    if interpret is not None:  # the copy engine zero-fills past the end, the interpreter does not
+        queries = jnp.pad(queries, ((0, SLAB), (0, 0), (0, 0), (0, 0)))
     sink_rows = None
-    if sinks is not None:  # [K, 64], in the order of a warpgroup's rows
-        sink_rows = jnp.repeat(sinks.astype(jnp.float32).reshape(num_kv_heads, group) * LOG2E, tokens, axis=1)
-        sink_rows = jnp.pad(sink_rows, ((0, 0), (0, ROWS - rows)))
+    if sinks is not None:  # [K, rows]: the heads of any run of slabs are 64 rows from some slab on
+        sink_rows = sinks.astype(jnp.float32).reshape(num_kv_heads, group) * LOG2E
+        sink_rows = jnp.repeat(jnp.tile(sink_rows, (1, WG_SLABS // group + 2)), SLAB, axis=1)
 
-    def kernel(q_ref, k_ref, v_ref, table_ref, row_ref, first_ref, count_ref, position_ref, *refs):
+    query_buffer = mosaic.operand_buffer((QUERY_SLOTS, groups, ROWS, head_dim), dtype)
+    columns, query_pieces = mosaic.tiles_of(query_buffer)
+
+    def kernel(q_ref, k_ref, v_ref, table_ref, tiles_ref, total_ref, end_ref, *refs):
         sink_ref, *others = refs if sinks is not None else (None, *refs)
-        o_ref, q_smem, k_smem, v_smem, staging, sink_smem, *barriers = others
-        q_bar, k_bar, v_bar, k_free, v_free, turn, tail = barriers
-        head = lax.axis_index("head")
-        # Later tiles of a row see more keys: start them first.
-        tile = num_tiles - 1 - lax.axis_index("tile")
-        row, first, count, position = row_ref[tile], first_ref[tile], count_ref[tile], position_ref[tile]
-        stop_position = position + count
-        begin = jnp.int32(0)
-        if window is not None:
-            begin = lax.div(lax.max(position - (window - 1), jnp.int32(0)), jnp.int32(block))
-        trips = jnp.where(count > 0, mosaic.ceil_div(stop_position, block) - begin, 0)
+        o_ref, (q_smem, q_pieces), k_smem, v_smem, *barriers = others
+        q_bar, q_free, k_bar, v_bar, k_free, v_free, turn, tail = barriers
+        index = lax.axis_index("block")
         thread = lax.axis_index("thread")
+        num_items = lax.div(total_ref[0] * num_kv_heads + (blocks - 1) - index, jnp.int32(blocks))
+
+        def read_item(n):
+            """kv head and tile (the fields of `prefill_schedule.tiles`) of this block's item n."""
+            item = n * blocks + index
+            tile = lax.min(lax.div(item, jnp.int32(num_kv_heads)), jnp.int32(num_tiles - 1)) * FIELDS
+            return lax.rem(item, jnp.int32(num_kv_heads)), *(tiles_ref[tile + i] for i in range(FIELDS))
+
+        def locate(slab):
+            """First token in the row, and query head in the group, of a slab."""
+            return lax.div(slab, jnp.int32(group)) * SLAB, lax.rem(slab, jnp.int32(group))
+
+        def pieces(slot, warpgroup, s, first=0, rows=SLAB):
+            """Rows of slab s of a warpgroup in shared memory, each with its columns.
+
+            Mosaic puts a tiled buffer only in step with tiles of global memory, and tokens are not, so what
+            moves is the columns of one swizzle tile.
+            """
+            if interpret is not None:  # members of a union are apart there, and no tiles to respect
+                return [(q_smem.at[slot, warpgroup, pl.ds(s * SLAB + first, rows)], pl.ds(0, head_dim))]
+            return [
+                (q_pieces.at[slot, warpgroup, s, c, pl.ds(first, rows)], pl.ds(c * columns, columns))
+                for c in range(head_dim // columns)
+            ]
 
         def take_turn():
             if groups == 2:
                 plgpu.barrier_arrive(turn)
                 plgpu.barrier_wait(turn)
 
-        @pl.when((thread < groups) & (trips > 0))
+        @pl.when(thread < groups)
         def _compute():
             plgpu.set_max_registers(232, action="increase")  # 2 * 232 + 40 is what the launch has
-            my_first = first + thread * tokens
-            my_position = position + thread * tokens
-            for g in range(group):  # rows are ordered (query head, token)
-                source = q_ref.at[pl.ds(my_first, tokens), head, g]
-                plgpu.copy_gmem_to_smem(
-                    source, staging.at[thread, pl.ds(g * tokens, tokens)], q_bar.at[thread]
+
+            def release_queries(n):
+                """The output of item n has left shared memory; its place is free."""
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                plgpu.barrier_arrive(q_free.at[lax.rem(n, jnp.int32(QUERY_SLOTS))])
+
+            def work(n, carry):
+                first_trip, head, _, first, count, length, slab, begin, trips = carry
+                upcoming = read_item(n + 1)
+                q_slot = lax.rem(n, jnp.int32(QUERY_SLOTS))
+                slab += thread * WG_SLABS
+                offset = length - count
+                position = offset + locate(slab)[0]  # of the first query
+                row = plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=layout.reduce(1))
+                query = offset + locate(slab + lax.div(row, jnp.int32(SLAB)))[0]
+                query += lax.rem(row, jnp.int32(SLAB))  # [64] positions
+
+                def trip(i, state, masked):
+                    acc, maximum, denominator = state  # [64, H], [64], [64]
+                    slot = lax.rem(first_trip + i, jnp.int32(stages))
+                    start = (begin + i) * block
+                    plgpu.barrier_wait(k_bar.at[slot])
+
+                    def multiply(scores):
+                        plgpu.wgmma(scores, q_smem.at[q_slot, thread], k_smem.at[slot].transpose((1, 0)))
+                        take_turn()
+
+                        @pl.when((i == 0) & (n > 0))
+                        def _release():  # here the wait is hidden
+                            release_queries(n - 1)
+
+                        return scores[...]
+
+                    scores = pl.run_scoped(multiply, plgpu.ACC((ROWS, block), jnp.float32))
+                    plgpu.barrier_arrive(k_free.at[slot])
+                    factor = scale * LOG2E
+                    if softcap is not None:
+                        scores = jnp.tanh(scores * (scale / softcap))
+                        factor = softcap * LOG2E
+                    if masked:
+                        key = start + plgpu.broadcasted_iota(jnp.int32, (ROWS, block), 1, layout=layout)
+                        last = lax.broadcast_in_dim(query, key.shape, [0])
+                        visible = key <= last
+                        if window is not None:
+                            visible &= key > last - window
+                        scores = jnp.where(visible, scores, MASKED)
+                    new_maximum = jnp.maximum(maximum, scores.max(axis=1) * factor)
+                    decay = jnp.exp2(maximum - new_maximum)
+                    weights = jnp.exp2(scores * factor - lax.broadcast_in_dim(new_maximum, scores.shape, [0]))
+                    acc = acc * lax.broadcast_in_dim(decay, acc.shape, [0])
+                    denominator = denominator * decay + weights.sum(axis=1)
+                    weights = weights.astype(dtype)
+                    acc, new_maximum, denominator, weights = lax.optimization_barrier(
+                        (acc, new_maximum, denominator, weights)
+                    )
+                    if groups == 2:
+                        plgpu.barrier_arrive(turn)
+                    plgpu.barrier_wait(v_bar.at[slot])
+                    if groups == 2:
+                        plgpu.barrier_wait(turn)
+                    if masked:
+
+                        @pl.when(start + block > length)
+                        def _tail():  # one warpgroup zeroes the values past the row for all
+                            @pl.when(thread == 0)
+                            def _zero():
+                                mosaic.zero_rows_outside(v_smem.at[slot], block, head_dim, 0, length - start)
+                                if groups > 1:
+                                    plgpu.barrier_arrive(tail)
+
+                            if groups > 1:
+
+                                @pl.when(thread > 0)
+                                def _wait():
+                                    plgpu.barrier_wait(tail)
+
+                    acc = mosaic.add_values(acc, weights, v_smem.at[slot], interpret=interpret is not None)
+                    plgpu.barrier_arrive(v_free.at[slot])
+                    return acc, new_maximum, denominator
+
+                plgpu.barrier_wait(q_bar.at[q_slot])
+                whole = lax.max(lax.div(position + 1, jnp.int32(block)) - begin, jnp.int32(0))
+                whole = lax.min(whole, trips - 1)  # the last trip may have to zero the tail
+                state = mosaic.softmax_state(ROWS, head_dim)
+                begin_whole = jnp.int32(0)
+                if window is not None:
+                    newest = locate(slab + (WG_SLABS - 1))[0] + (SLAB - 1)  # the last query, maybe past the row
+                    oldest = lax.max(offset + newest + 1 - window, jnp.int32(0))
+                    begin_whole = lax.min(lax.max(mosaic.ceil_div(oldest, block) - begin, jnp.int32(0)), whole)
+                    state = lax.fori_loop(0, begin_whole, functools.partial(trip, masked=True), state)
+                state = lax.fori_loop(begin_whole, whole, functools.partial(trip, masked=False), state)
+                acc, maximum, denominator = lax.fori_loop(
+                    whole, trips, functools.partial(trip, masked=True), state
                 )
-            if sinks is not None:
-                plgpu.copy_gmem_to_smem(sink_ref.at[head], sink_smem.at[thread], q_bar.at[thread])
-            plgpu.barrier_wait(q_bar.at[thread])
-            # The copy engine places unaligned rows only untiled, wgmma reads only tiled.
-            q_smem[thread] = plgpu.load(staging.at[thread], layout=layout, optimized=False)
-            plgpu.commit_smem()
+                take_turn()
+                if sinks is not None:
+                    rows = sink_ref.at[head, pl.ds(locate(slab)[1] * SLAB, ROWS)]
+                    sink = plgpu.load(rows, layout=layout.reduce(1), optimized=False)
+                    new_maximum = jnp.maximum(maximum, sink)
+                    decay = jnp.exp2(maximum - new_maximum)
+                    denominator = denominator * decay + jnp.exp2(sink - new_maximum)
+                    acc = acc * lax.broadcast_in_dim(decay, acc.shape, [0])
+                inverse = 1.0 / jnp.maximum(denominator, 1e-30)
+                out = (acc * lax.broadcast_in_dim(inverse, acc.shape, [0])).astype(dtype)
+                complete = locate(slab + (WG_SLABS - 1))[0] + SLAB <= count
 
-            def trip(i, state, masked):
-                acc, maximum, denominator = state  # [64, H], [64], [64]
-                slot = lax.rem(i, jnp.int32(stages))
-                start = (begin + i) * block
-                plgpu.barrier_wait(k_bar.at[slot])
+                q_smem[q_slot, thread] = out
+                plgpu.commit_smem()
 
-                def multiply(scores):
-                    plgpu.wgmma(scores, q_smem.at[thread], k_smem.at[slot].transpose((1, 0)))
-                    take_turn()
-                    return scores[...]
+                def store(s, token, rows):
+                    """Send rows of slab s, from token of the row on, to global memory."""
+                    head_token, member = locate(slab + s)
+                    for source, part in pieces(q_slot, thread, s, token - head_token, rows):
+                        target = o_ref.at[pl.ds(first + token, rows), head, member, part]
+                        plgpu.copy_smem_to_gmem(source, target)
 
-                scores = pl.run_scoped(multiply, plgpu.ACC((ROWS, block), jnp.float32))
-                plgpu.barrier_arrive(k_free.at[slot])
-                factor = scale * LOG2E
-                if softcap is not None:
-                    scores = jnp.tanh(scores * (scale / softcap))
-                    factor = softcap * LOG2E
-                if masked:
-                    key = start + plgpu.broadcasted_iota(jnp.int32, (ROWS, block), 1, layout=layout)
-                    query = plgpu.broadcasted_iota(jnp.int32, (ROWS, block), 0, layout=layout)
-                    query = my_position + lax.rem(query, jnp.int32(tokens))
-                    visible = key <= query
-                    if window is not None:
-                        visible &= key > query - window
-                    scores = jnp.where(visible, scores, MASKED)
-                new_maximum = jnp.maximum(maximum, scores.max(axis=1) * factor)
-                decay = jnp.exp2(maximum - new_maximum)
-                weights = jnp.exp2(scores * factor - lax.broadcast_in_dim(new_maximum, scores.shape, [0]))
-                acc = acc * lax.broadcast_in_dim(decay, acc.shape, [0])
-                denominator = denominator * decay + weights.sum(axis=1)
-                weights = weights.astype(dtype)
-                acc, new_maximum, denominator, weights = lax.optimization_barrier(
-                    (acc, new_maximum, denominator, weights)
-                )
-                if groups == 2:
-                    plgpu.barrier_arrive(turn)
-                plgpu.barrier_wait(v_bar.at[slot])
-                if groups == 2:
-                    plgpu.barrier_wait(turn)
-                if masked:
+                @pl.when(complete)
+                def _store_all():
+                    for s in range(WG_SLABS):
+                        store(s, locate(slab + s)[0], SLAB)
 
-                    @pl.when(i == trips - 1)
-                    def _tail():  # one warpgroup zeroes the values past the row for both
-                        @pl.when(thread == 0)
-                        def _zero():
-                            stop = stop_position - start
-                            mosaic.zero_rows_outside(v_smem.at[slot], block, head_dim, 0, stop)
-                            if groups == 2:
-                                plgpu.barrier_arrive(tail)
+                @pl.when(jnp.logical_not(complete))
+                def _store_some():
+                    @pl.loop(0, WG_SLABS)
+                    def _slab(s):
+                        token = locate(slab + s)[0]
+                        pl.loop(token, lax.min(count, token + SLAB))(lambda j: store(s, j, 1))
 
-                        if groups == 2:
-
-                            @pl.when(thread == 1)
-                            def _wait():
-                                plgpu.barrier_wait(tail)
-
-                acc = mosaic.add_values(acc, weights, v_smem.at[slot], interpret=interpret is not None)
-                plgpu.barrier_arrive(v_free.at[slot])
-                return acc, new_maximum, denominator
+                take_turn()
+                return first_trip + trips, *upcoming
 
             if groups == 2:
                 pl.when(thread == 1)(take_turn)
-            whole = lax.min(lax.max(lax.div(position + 1, jnp.int32(block)) - begin, jnp.int32(0)), trips)
-            whole = lax.min(whole, trips - 1)  # the last trip zeroes the tail
-            state = mosaic.softmax_state(ROWS, head_dim)
-            if window is None:
-                begin_whole = jnp.int32(0)
-            else:
-                oldest = lax.max(stop_position - window, jnp.int32(0))  # seen by the last query
-                begin_whole = lax.min(mosaic.ceil_div(oldest, block) - begin, whole)
-                state = lax.fori_loop(0, begin_whole, functools.partial(trip, masked=True), state)
-            state = lax.fori_loop(begin_whole, whole, functools.partial(trip, masked=False), state)
-            state = lax.fori_loop(whole, trips, functools.partial(trip, masked=True), state)
+            lax.fori_loop(0, num_items, work, (jnp.int32(0), *read_item(0)))
             if groups == 2:
                 pl.when(thread == 0)(take_turn)
-            acc, maximum, denominator = state
-            if sinks is not None:
-                sink = plgpu.load(sink_smem.at[thread], layout=layout.reduce(1), optimized=False)
-                new_maximum = jnp.maximum(maximum, sink)
-                decay = jnp.exp2(maximum - new_maximum)
-                denominator = denominator * decay + jnp.exp2(sink - new_maximum)
-                acc = acc * lax.broadcast_in_dim(decay, acc.shape, [0])
-            inverse = 1.0 / jnp.maximum(denominator, 1e-30)
-            acc = acc * lax.broadcast_in_dim(inverse, acc.shape, [0])
-            mosaic.store(staging.at[thread], acc.astype(dtype))
-            plgpu.commit_smem()
-            left = count - thread * tokens
+            pl.when(num_items > 0)(lambda: release_queries(num_items - 1))
 
-            @pl.when(left >= tokens)
-            def _store_all():
-                for g in range(group):
-                    source = staging.at[thread, pl.ds(g * tokens, tokens)]
-                    plgpu.copy_smem_to_gmem(source, o_ref.at[pl.ds(my_first, tokens), head, g])
+            @pl.when(end_ref[0] < num_tokens)
+            def _padding():  # tokens behind the last row belong to no tile
+                q_smem[0, thread] = plgpu.layout_cast(jnp.zeros((ROWS, head_dim), dtype), layout)
+                plgpu.commit_smem()
 
-            @pl.when(left < tokens)
-            def _store_some():  # what lies behind belongs to another tile
-                @pl.loop(0, lax.max(left, jnp.int32(0)))
-                def _token(j):
-                    for g in range(group):
-                        source = staging.at[thread, pl.ds(g * tokens + j, 1)]
-                        plgpu.copy_smem_to_gmem(source, o_ref.at[pl.ds(my_first + j, 1), head, g])
+                def clear(token, rows):
+                    for head in range(num_kv_heads):
+                        for member in range(group):
+                            for source, part in pieces(0, thread, 0, rows=rows):
+                                target = o_ref.at[pl.ds(token, rows), head, member, part]
+                                plgpu.copy_smem_to_gmem(source, target)
+
+                mine = end_ref[0] + (thread * blocks + index) * SLAB
+
+                @pl.loop(mine, num_tokens, step=blocks * groups * SLAB)
+                def _slab(token):
+                    whole = token + SLAB <= num_tokens
+                    pl.when(whole)(lambda: clear(token, SLAB))
+
+                    @pl.when(jnp.logical_not(whole))
+                    def _rest():
+                        pl.loop(token, num_tokens)(lambda t: clear(t, 1))
 
             plgpu.wait_smem_to_gmem(0)
 
-        @pl.when((thread == groups) & (trips > 0))
+        @pl.when(thread == groups)
         def _memory():
             plgpu.set_max_registers(40, action="decrease")
-            last_page = lax.div(stop_position - 1, jnp.int32(page_size))
 
-            def page_ids(i):
-                """Ids of the pages of trip i; past the row's last page, that page again."""
-                index = lax.div(begin + i, jnp.int32(blocks_per_page)) * copies
-                return tuple(table_ref[row, lax.min(index + j, last_page)] for j in range(copies))
+            def fetch_queries(n, head, first, count, slab):
+                slot = lax.rem(n, jnp.int32(QUERY_SLOTS))
 
-            def fetch(i, ids):
-                slot = lax.rem(i, jnp.int32(stages))
-                next_ids = page_ids(i + 1)  # the table is read a trip ahead of its use
-                streams = ((k_ref, k_smem, k_bar, k_free), (v_ref, v_smem, v_bar, v_free))
-                for pages, smem, arrived, free in streams:
+                @pl.when(n >= QUERY_SLOTS)
+                def _wait():
+                    plgpu.barrier_wait(q_free.at[slot])
 
-                    @pl.when(i >= stages)
-                    def _wait(free=free):
-                        plgpu.barrier_wait(free.at[slot])
+                last = mosaic.ceil_div(count, SLAB) * group - 1  # past it, that slab again
+                for s in range(tile_slabs):
+                    token, member = locate(lax.min(slab + s, last))
+                    for target, part in pieces(slot, s // WG_SLABS, s % WG_SLABS):
+                        source = q_ref.at[pl.ds(first + token, SLAB), head, member, part]
+                        plgpu.copy_gmem_to_smem(source, target, q_bar.at[slot])
 
-                    for j, page in enumerate(ids):
-                        source = pages.at[page, head]
-                        if blocks_per_page > 1:
-                            offset = lax.rem(begin + i, jnp.int32(blocks_per_page)) * block
-                            source = pages.at[page, head, pl.ds(offset, block)]
-                        target = smem.at[slot, pl.ds(j * copy_rows, copy_rows)]
-                        plgpu.copy_gmem_to_smem(source, target, arrived.at[slot])
-                return next_ids
+            def work(n, carry):
+                first_trip, head, row, first, count, length, slab, begin, trips = carry
+                upcoming = read_item(n + 1)
+                last_page = lax.div(length - 1, jnp.int32(page_size))
 
-            lax.fori_loop(0, trips, fetch, page_ids(jnp.int32(0)))
+                def page_ids(i):
+                    """Ids of the pages of trip i; past the row's last page, that page again."""
+                    page = lax.div(begin + i, jnp.int32(blocks_per_page)) * copies
+                    return tuple(table_ref[row, lax.min(page + j, last_page)] for j in range(copies))
 
-            @pl.loop(lax.max(trips - stages, jnp.int32(0)), trips)
-            def _drain(i):  # a barrier's every completion must be seen
-                slot = lax.rem(i, jnp.int32(stages))
-                plgpu.barrier_wait(k_free.at[slot])
-                plgpu.barrier_wait(v_free.at[slot])
+                def fetch(i, ids):
+                    slot = lax.rem(first_trip + i, jnp.int32(stages))
+                    next_ids = page_ids(i + 1)  # the table is read a trip ahead of its use
+                    streams = ((k_ref, k_smem, k_bar, k_free), (v_ref, v_smem, v_bar, v_free))
+                    for pages, smem, arrived, free in streams:
 
-    tiles = _tiles(cu_seqlens, lengths, tile_tokens, num_tiles)
-    operands = (queries, k_pages, v_pages, page_table, *tiles)
+                        @pl.when(first_trip + i >= stages)
+                        def _wait(free=free):
+                            plgpu.barrier_wait(free.at[slot])
+
+                        for j, page in enumerate(ids):
+                            source = pages.at[page, head]
+                            if blocks_per_page > 1:
+                                part = lax.rem(begin + i, jnp.int32(blocks_per_page)) * block
+                                source = pages.at[page, head, pl.ds(part, block)]
+                            target = smem.at[slot, pl.ds(j * copy_rows, copy_rows)]
+                            plgpu.copy_gmem_to_smem(source, target, arrived.at[slot])
+                    return next_ids
+
+                ids = page_ids(jnp.int32(0))
+                fetch_queries(n, head, first, count, slab)
+                lax.fori_loop(0, trips, fetch, ids)
+                return first_trip + trips, *upcoming
+
+            num_trips, *_ = lax.fori_loop(0, num_items, work, (jnp.int32(0), *read_item(0)))
+
+            # A barrier's every completion must be seen.
+            @pl.loop(lax.max(num_trips - stages, jnp.int32(0)), num_trips)
+            def _drain(i):
+                plgpu.barrier_wait(k_free.at[lax.rem(i, jnp.int32(stages))])
+                plgpu.barrier_wait(v_free.at[lax.rem(i, jnp.int32(stages))])
+
+            @pl.loop(lax.max(num_items - QUERY_SLOTS, jnp.int32(0)), num_items)
+            def _drain_queries(n):
+                plgpu.barrier_wait(q_free.at[lax.rem(n, jnp.int32(QUERY_SLOTS))])
+
+    tiles, total = prefill_schedule.tiles(
+        cu_seqlens,
+        lengths,
+        num_tiles=num_tiles,
+        group=group,
+        tile_slabs=tile_slabs,
+        block=block,
+        window=window,
+    )
+    end = jnp.minimum(cu_seqlens[-1:], num_tokens)
+    operands = (queries, k_pages, v_pages, page_table, tiles, total, end)
     if sinks is not None:
         operands = (*operands, sink_rows)
     launch = plgpu.kernel(
         kernel,
         out_type=mosaic.out_like((num_tokens, num_kv_heads, group, head_dim), dtype, *operands),
-        grid=(num_kv_heads, num_tiles),
-        grid_names=("head", "tile"),
+        grid=(blocks,),
+        grid_names=("block",),
         num_threads=groups + 1,
         thread_name="thread",
         scratch_types=[
-            mosaic.operand_buffer((groups, ROWS, head_dim), dtype),
+            plgpu.RefUnion(query_buffer, query_pieces),
             mosaic.operand_buffer((stages, block, head_dim), dtype),
             mosaic.operand_buffer((stages, block, head_dim), dtype),
-            plgpu.SMEM((groups, ROWS, head_dim), dtype),
-            plgpu.SMEM((groups, ROWS), jnp.float32),
-            plgpu.Barrier(num_arrivals=group + (sinks is not None), num_barriers=groups),
+            plgpu.Barrier(num_arrivals=tile_slabs, num_barriers=QUERY_SLOTS),
+            plgpu.Barrier(num_arrivals=groups, num_barriers=QUERY_SLOTS),
             plgpu.Barrier(num_arrivals=copies, num_barriers=stages),
             plgpu.Barrier(num_arrivals=copies, num_barriers=stages),
             plgpu.Barrier(num_arrivals=groups, num_barriers=stages),
@@ -301,7 +387,4 @@ def _prefill(
         compiler_params=plgpu.CompilerParams(approx_math=True),
         interpret=interpret,
     )
-    out = launch(*operands).reshape(num_tokens, num_heads, head_dim)
-    # Tokens behind the last row belong to no tile: nothing wrote them.
-    padding = jnp.arange(num_tokens) >= cu_seqlens[-1]
-    return jnp.where(padding[:, None, None], 0, out)
+    return launch(*operands).reshape(num_tokens, num_heads, head_dim)

@@ -27,10 +27,10 @@ def inputs(rows, num_heads, num_kv_heads, head_dim, page_size, padding=3):
 @pytest.mark.parametrize(
     ("rows", "heads", "page_size", "config", "options"),
     [
-        ([(40, 0)], (4, 1), 64, PrefillConfig(64, 2, 2), {}),
-        ([(20, 70), (0, 0), (3, 130)], (3, 1), 16, PrefillConfig(64, 2, 2), {}),
-        ([(9, 200)], (7, 1), 64, PrefillConfig(64, 2, 2), {"window": 70, "softcap": 4.0}),
-        ([(30, 100), (1, 129)], (4, 2), 128, PrefillConfig(64, 2, 1), {"with_sinks": True}),
+        ([(40, 0)], (4, 1), 64, PrefillConfig(64, 2, 2, blocks=2), {}),
+        ([(20, 70), (0, 0), (3, 130)], (3, 1), 16, PrefillConfig(64, 2, 2, blocks=2), {}),
+        ([(9, 200)], (7, 1), 64, PrefillConfig(64, 2, 2, blocks=2), {"window": 70, "softcap": 4.0}),
+        ([(30, 100), (1, 129)], (4, 2), 128, PrefillConfig(64, 2, 1, blocks=2), {"with_sinks": True}),
     ],
 )
 def test_interpreted_kernel_is_causal_attention_without_races(rows, heads, page_size, config, options):

@@ -1,0 +1,62 @@
+"""Work list of the ragged prefill kernel: packed rows cut into tiles of query slabs, longest first.
+
+A slab is the queries of one query head at `SLAB` consecutive tokens of a row: the rows of one swizzle tile,
+so the copy engine moves it in one piece, whatever the number of heads. The slabs of a row are numbered
+(token group, head of the GQA group); a tile is a run of them, so no row of a tile is wasted but in the last
+tokens of a row.
+"""
+
+import jax
+import jax.numpy as jnp
+
+SLAB = 8
+FIELDS = 7  # integers of a tile
+
+
+def max_tiles(num_tokens: int, num_rows: int, group: int, tile_slabs: int) -> int:
+    """Upper bound of the tiles of any rows that fit the packed tokens."""
+    slabs = (-(-num_tokens // SLAB) + num_rows) * group
+    return slabs // tile_slabs + num_rows
+
+
+def tiles(
+    cu_seqlens: jax.Array,
+    lengths: jax.Array,
+    *,
+    num_tiles: int,
+    group: int,
+    tile_slabs: int,
+    block: int,
+    window: int | None,
+) -> tuple[jax.Array, jax.Array]:
+    """The tiles of packed rows, those that look at the most keys first.
+
+    Args:
+        cu_seqlens, lengths: as in `kernels_pallas.ragged_prefill`.
+        num_tiles: from `max_tiles`.
+        group: query heads per kv head.
+        tile_slabs: slabs of a tile.
+        block: KV tokens of a trip.
+
+    Returns:
+        ([num_tiles * FIELDS] int32, per tile: row, the row's first packed token, its query tokens, its KV
+        length, the tile's first slab in the row, its first block of keys, its number of blocks;
+        [1] int32: the number of tiles that have work, which come first).
+    """
+    counts = cu_seqlens[1:] - cu_seqlens[:-1]  # [R]
+    slabs = -(-counts // SLAB) * group
+    row_tiles = -(-slabs // tile_slabs)
+    ends = jnp.cumsum(row_tiles)
+    tile = jnp.arange(num_tiles, dtype=jnp.int32)
+    row = (tile[:, None] >= ends[None, :]).sum(axis=1, dtype=jnp.int32)
+    row = jnp.minimum(row, counts.shape[0] - 1)
+    slab = (tile - (ends - row_tiles)[row]) * tile_slabs
+    offset = (lengths - counts)[row]
+    last = jnp.minimum(slab + tile_slabs, slabs[row]) - 1
+    stop = offset + jnp.minimum(last // group * SLAB + SLAB, counts[row])  # past the last key seen
+    begin = jnp.zeros_like(slab)
+    if window is not None:
+        begin = jnp.maximum(offset + slab // group * SLAB - (window - 1), 0) // block
+    trips = jnp.where(tile < ends[-1], -(-stop // block) - begin, 0)
+    fields = jnp.stack([row, cu_seqlens[row], counts[row], lengths[row], slab, begin, trips], axis=1)
+    return fields[jnp.argsort(-trips)].reshape(-1), ends[-1:].astype(jnp.int32)
