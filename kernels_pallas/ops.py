@@ -113,6 +113,7 @@ def ragged_prefill(
     window: int | None = None,
     softcap: float | None = None,
     sinks: jax.Array | None = None,
+    span_ends: jax.Array | None = None,
     implementation: Implementation | None = None,
 ) -> jax.Array:
     """Causal attention of packed chunks of query tokens over paged keys and values (grouped-query).
@@ -130,6 +131,9 @@ def ragged_prefill(
             padding.
         lengths: [R] int32, KV tokens of the row after this chunk.
         sm_scale, window, softcap, sinks, implementation: as in `paged_decode`; a window ends at its query.
+        span_ends: [T] int32, per token the end (exclusive) of the positions it sees where that lies past its
+            own: the tokens of an image see one another when each holds the end of the image. Never past
+            the row's length. None is causal everywhere.
 
     Returns:
         [T, N, H] in the dtype of q; padding gives zeros.
@@ -140,6 +144,10 @@ def ragged_prefill(
     _check_attention(q, k_pages, v_pages, page_table, lengths, window, softcap, sinks)
     if cu_seqlens.shape != (page_table.shape[0] + 1,):
         raise ValueError(f"cu_seqlens must be [R + 1] = [{page_table.shape[0] + 1}], got {cu_seqlens.shape}")
+    if span_ends is not None and (span_ends.shape != q.shape[:1] or span_ends.dtype != jnp.int32):
+        raise ValueError(
+            f"span_ends must be [T] = {q.shape[:1]} int32, got {span_ends.shape} {span_ends.dtype}"
+        )
     reason = prefill_kernel.unsupported(q, k_pages, v_pages)
     kernel = _runs_kernel("ragged_prefill", implementation, reason)
     page_table, lengths = _in_own_buffers(k_pages, page_table, lengths)
@@ -155,6 +163,7 @@ def ragged_prefill(
         window=window,
         softcap=softcap,
         sinks=sinks,
+        span_ends=span_ends,
     )
 
 

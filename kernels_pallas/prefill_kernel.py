@@ -20,17 +20,28 @@ from kernels_pallas.mosaic import LOG2E, MASKED, ROWS
 from kernels_pallas.prefill_schedule import FIELDS, SLAB
 
 WG_SLABS = ROWS // SLAB
+# Per thread of a compute and of the memory warpgroup, together no more than the launch has.
+REGISTERS = {2: (232, 40), 3: (160, 32)}
 QUERY_SLOTS = 2  # tiles whose queries are in shared memory: one in work, one fetched
 
 
 @dataclass(frozen=True)
 class PrefillConfig:
-    """Tuning of one shape: KV tokens per trip, trips in flight, compute warpgroups, persistent blocks."""
+    """Tuning of one shape: KV tokens per trip, trips in flight, compute warpgroups (1 to 3).
+
+    Two warpgroups can take turns at the tensor cores; `blocks` persistent blocks of threads run.
+    """
 
     block_kv: int
     stages: int
     warpgroups: int = 2
+    turns: bool = True
     blocks: int = 132
+
+
+def default_config(head_dim: int) -> PrefillConfig:
+    """The choice that fits the shared memory and the registers of each head dim."""
+    return PrefillConfig(64, 2, 1, turns=False) if head_dim > 128 else PrefillConfig(128, 2)
 
 
 def unsupported(q: jax.Array, k_pages: jax.Array, v_pages: jax.Array) -> str | None:
@@ -39,8 +50,8 @@ def unsupported(q: jax.Array, k_pages: jax.Array, v_pages: jax.Array) -> str | N
     group = q.shape[1] // num_kv_heads
     if not (q.dtype == k_pages.dtype == v_pages.dtype) or q.dtype not in (jnp.bfloat16, jnp.float16):
         return f"q {q.dtype} and pages {k_pages.dtype} are not all bfloat16 (or all float16)"
-    if head_dim not in (64, 128):
-        return f"head_dim {head_dim} is not 64 or 128"
+    if head_dim not in (64, 96, 128, 256):
+        return f"head_dim {head_dim} is not 64, 96, 128 or 256"
     if page_size not in (8, 16, 32, 64, 128):
         return f"page_size {page_size} is not 8, 16, 32, 64 or 128"
     if group > 16:
@@ -49,19 +60,43 @@ def unsupported(q: jax.Array, k_pages: jax.Array, v_pages: jax.Array) -> str | N
 
 
 def ragged_prefill(
-    q, k_pages, v_pages, page_table, cu_seqlens, lengths, *, sm_scale, window, softcap, sinks, config=None
+    q,
+    k_pages,
+    v_pages,
+    page_table,
+    cu_seqlens,
+    lengths,
+    *,
+    sm_scale,
+    window,
+    softcap,
+    sinks,
+    span_ends=None,
+    config=None,
 ):
     """`kernels_pallas.ragged_prefill` by the kernel; operands that `unsupported` accepts."""
     scale = float(q.shape[2] ** -0.5 if sm_scale is None else sm_scale)
-    config = config or PrefillConfig(block_kv=128, stages=2)
-    operands = (q, k_pages, v_pages, page_table, cu_seqlens, lengths, sinks)
+    config = config or default_config(q.shape[2])
+    operands = (q, k_pages, v_pages, page_table, cu_seqlens, lengths, sinks, span_ends)
     return _prefill(*operands, scale, window, softcap, config, None)
 
 
 # Module level, so that all layers of a model share one trace and one compilation of the kernel.
 @functools.partial(jax.jit, static_argnames=("scale", "window", "softcap", "config", "interpret"))
 def _prefill(
-    q, k_pages, v_pages, page_table, cu_seqlens, lengths, sinks, scale, window, softcap, config, interpret
+    q,
+    k_pages,
+    v_pages,
+    page_table,
+    cu_seqlens,
+    lengths,
+    sinks,
+    span_ends,
+    scale,
+    window,
+    softcap,
+    config,
+    interpret,
 ):
     num_tokens, num_heads, head_dim = q.shape
     _, num_kv_heads, page_size, _ = k_pages.shape
@@ -86,7 +121,8 @@ def _prefill(
     columns, query_pieces = mosaic.tiles_of(query_buffer)
 
     def kernel(q_ref, k_ref, v_ref, table_ref, tiles_ref, total_ref, end_ref, *refs):
-        sink_ref, *others = refs if sinks is not None else (None, *refs)
+        sink_ref, *refs = refs if sinks is not None else (None, *refs)
+        limits_ref, *others = refs if span_ends is not None else (None, *refs)
         o_ref, (q_smem, q_pieces), k_smem, v_smem, *barriers = others
         q_bar, q_free, k_bar, v_bar, k_free, v_free, turn, tail = barriers
         index = lax.axis_index("block")
@@ -94,10 +130,11 @@ def _prefill(
         num_items = lax.div(total_ref[0] * num_kv_heads + (blocks - 1) - index, jnp.int32(blocks))
 
         def read_item(n):
-            """kv head and tile (the fields of `prefill_schedule.tiles`) of this block's item n."""
+            """kv head, tile and its fields (`prefill_schedule.tiles`) of this block's item n."""
             item = n * blocks + index
-            tile = lax.min(lax.div(item, jnp.int32(num_kv_heads)), jnp.int32(num_tiles - 1)) * FIELDS
-            return lax.rem(item, jnp.int32(num_kv_heads)), *(tiles_ref[tile + i] for i in range(FIELDS))
+            tile = lax.min(lax.div(item, jnp.int32(num_kv_heads)), jnp.int32(num_tiles - 1))
+            head = lax.rem(item, jnp.int32(num_kv_heads))
+            return head, tile, *(tiles_ref[tile * FIELDS + i] for i in range(FIELDS))
 
         def locate(slab):
             """First token in the row, and query head in the group, of a slab."""
@@ -117,13 +154,14 @@ def _prefill(
             ]
 
         def take_turn():
-            if groups == 2:
+            if config.turns:
                 plgpu.barrier_arrive(turn)
                 plgpu.barrier_wait(turn)
 
         @pl.when(thread < groups)
         def _compute():
-            plgpu.set_max_registers(232, action="increase")  # 2 * 232 + 40 is what the launch has
+            if groups > 1:
+                plgpu.set_max_registers(REGISTERS[groups][0], action="increase")
 
             def release_queries(n):
                 """The output of item n has left shared memory; its place is free."""
@@ -131,7 +169,7 @@ def _prefill(
                 plgpu.barrier_arrive(q_free.at[lax.rem(n, jnp.int32(QUERY_SLOTS))])
 
             def work(n, carry):
-                first_trip, head, _, first, count, length, slab, begin, trips = carry
+                first_trip, head, tile, _, first, count, length, slab, begin, trips = carry
                 upcoming = read_item(n + 1)
                 q_slot = lax.rem(n, jnp.int32(QUERY_SLOTS))
                 slab += thread * WG_SLABS
@@ -140,6 +178,10 @@ def _prefill(
                 row = plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=layout.reduce(1))
                 query = offset + locate(slab + lax.div(row, jnp.int32(SLAB)))[0]
                 query += lax.rem(row, jnp.int32(SLAB))  # [64] positions
+                stop = query + 1  # of the keys that a query sees
+                if span_ends is not None:
+                    rows = limits_ref.at[tile, pl.ds(thread * ROWS, ROWS)]
+                    stop = plgpu.load(rows, layout=layout.reduce(1), optimized=False)
 
                 def trip(i, state, masked):
                     acc, maximum, denominator = state  # [64, H], [64], [64]
@@ -165,10 +207,9 @@ def _prefill(
                         factor = softcap * LOG2E
                     if masked:
                         key = start + plgpu.broadcasted_iota(jnp.int32, (ROWS, block), 1, layout=layout)
-                        last = lax.broadcast_in_dim(query, key.shape, [0])
-                        visible = key <= last
+                        visible = key < lax.broadcast_in_dim(stop, key.shape, [0])
                         if window is not None:
-                            visible &= key > last - window
+                            visible &= key > lax.broadcast_in_dim(query - window, key.shape, [0])
                         scores = jnp.where(visible, scores, MASKED)
                     new_maximum = jnp.maximum(maximum, scores.max(axis=1) * factor)
                     decay = jnp.exp2(maximum - new_maximum)
@@ -179,10 +220,10 @@ def _prefill(
                     acc, new_maximum, denominator, weights = lax.optimization_barrier(
                         (acc, new_maximum, denominator, weights)
                     )
-                    if groups == 2:
+                    if config.turns:
                         plgpu.barrier_arrive(turn)
                     plgpu.barrier_wait(v_bar.at[slot])
-                    if groups == 2:
+                    if config.turns:
                         plgpu.barrier_wait(turn)
                     if masked:
 
@@ -210,9 +251,13 @@ def _prefill(
                 state = mosaic.softmax_state(ROWS, head_dim)
                 begin_whole = jnp.int32(0)
                 if window is not None:
-                    newest = locate(slab + (WG_SLABS - 1))[0] + (SLAB - 1)  # the last query, maybe past the row
+                    newest = locate(slab + (WG_SLABS - 1))[0] + (
+                        SLAB - 1
+                    )  # the last query, maybe past the row
                     oldest = lax.max(offset + newest + 1 - window, jnp.int32(0))
-                    begin_whole = lax.min(lax.max(mosaic.ceil_div(oldest, block) - begin, jnp.int32(0)), whole)
+                    begin_whole = lax.min(
+                        lax.max(mosaic.ceil_div(oldest, block) - begin, jnp.int32(0)), whole
+                    )
                     state = lax.fori_loop(0, begin_whole, functools.partial(trip, masked=True), state)
                 state = lax.fori_loop(begin_whole, whole, functools.partial(trip, masked=False), state)
                 acc, maximum, denominator = lax.fori_loop(
@@ -255,10 +300,10 @@ def _prefill(
                 take_turn()
                 return first_trip + trips, *upcoming
 
-            if groups == 2:
+            if config.turns:
                 pl.when(thread == 1)(take_turn)
             lax.fori_loop(0, num_items, work, (jnp.int32(0), *read_item(0)))
-            if groups == 2:
+            if config.turns:
                 pl.when(thread == 0)(take_turn)
             pl.when(num_items > 0)(lambda: release_queries(num_items - 1))
 
@@ -289,7 +334,8 @@ def _prefill(
 
         @pl.when(thread == groups)
         def _memory():
-            plgpu.set_max_registers(40, action="decrease")
+            if groups > 1:
+                plgpu.set_max_registers(REGISTERS[groups][1], action="decrease")
 
             def fetch_queries(n, head, first, count, slab):
                 slot = lax.rem(n, jnp.int32(QUERY_SLOTS))
@@ -306,7 +352,7 @@ def _prefill(
                         plgpu.copy_gmem_to_smem(source, target, q_bar.at[slot])
 
             def work(n, carry):
-                first_trip, head, row, first, count, length, slab, begin, trips = carry
+                first_trip, head, _, row, first, count, length, slab, begin, trips = carry
                 upcoming = read_item(n + 1)
                 last_page = lax.div(length - 1, jnp.int32(page_size))
 
@@ -351,9 +397,10 @@ def _prefill(
             def _drain_queries(n):
                 plgpu.barrier_wait(q_free.at[lax.rem(n, jnp.int32(QUERY_SLOTS))])
 
-    tiles, total = prefill_schedule.tiles(
+    tiles, total, limits = prefill_schedule.tiles(
         cu_seqlens,
         lengths,
+        span_ends,
         num_tiles=num_tiles,
         group=group,
         tile_slabs=tile_slabs,
@@ -364,6 +411,8 @@ def _prefill(
     operands = (queries, k_pages, v_pages, page_table, tiles, total, end)
     if sinks is not None:
         operands = (*operands, sink_rows)
+    if limits is not None:
+        operands = (*operands, limits)
     launch = plgpu.kernel(
         kernel,
         out_type=mosaic.out_like((num_tokens, num_kv_heads, group, head_dim), dtype, *operands),

@@ -22,17 +22,18 @@ def max_tiles(num_tokens: int, num_rows: int, group: int, tile_slabs: int) -> in
 def tiles(
     cu_seqlens: jax.Array,
     lengths: jax.Array,
+    span_ends: jax.Array | None,
     *,
     num_tiles: int,
     group: int,
     tile_slabs: int,
     block: int,
     window: int | None,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """The tiles of packed rows, those that look at the most keys first.
 
     Args:
-        cu_seqlens, lengths: as in `kernels_pallas.ragged_prefill`.
+        cu_seqlens, lengths, span_ends: as in `kernels_pallas.ragged_prefill`.
         num_tiles: from `max_tiles`.
         group: query heads per kv head.
         tile_slabs: slabs of a tile.
@@ -41,7 +42,8 @@ def tiles(
     Returns:
         ([num_tiles * FIELDS] int32, per tile: row, the row's first packed token, its query tokens, its KV
         length, the tile's first slab in the row, its first block of keys, its number of blocks;
-        [1] int32: the number of tiles that have work, which come first).
+        [1] int32: the number of tiles that have work, which come first;
+        [num_tiles, tile_slabs * SLAB] int32: end of the keys that each query of a tile sees, with span_ends).
     """
     counts = cu_seqlens[1:] - cu_seqlens[:-1]  # [R]
     slabs = -(-counts // SLAB) * group
@@ -53,10 +55,21 @@ def tiles(
     slab = (tile - (ends - row_tiles)[row]) * tile_slabs
     offset = (lengths - counts)[row]
     last = jnp.minimum(slab + tile_slabs, slabs[row]) - 1
-    stop = offset + jnp.minimum(last // group * SLAB + SLAB, counts[row])  # past the last key seen
+    stop = jnp.minimum(last // group * SLAB + SLAB, counts[row])  # past the last token
+    stop, limits = offset + stop, None
+    if span_ends is not None:
+        query = jnp.arange(tile_slabs * SLAB, dtype=jnp.int32)
+        token = (slab[:, None] + query // SLAB) // group * SLAB + query % SLAB  # [tiles, queries]
+        token = jnp.minimum(token, counts[row][:, None] - 1)
+        ends_seen = jnp.take(span_ends, cu_seqlens[row][:, None] + token, mode="clip")
+        limits = jnp.minimum(jnp.maximum(ends_seen, offset[:, None] + token + 1), lengths[row][:, None])
+        stop = jnp.maximum(stop, limits.max(axis=1))
     begin = jnp.zeros_like(slab)
     if window is not None:
         begin = jnp.maximum(offset + slab // group * SLAB - (window - 1), 0) // block
     trips = jnp.where(tile < ends[-1], -(-stop // block) - begin, 0)
     fields = jnp.stack([row, cu_seqlens[row], counts[row], lengths[row], slab, begin, trips], axis=1)
-    return fields[jnp.argsort(-trips)].reshape(-1), ends[-1:].astype(jnp.int32)
+    order = jnp.argsort(-trips)
+    if limits is not None:
+        limits = limits[order]
+    return fields[order].reshape(-1), ends[-1:].astype(jnp.int32), limits

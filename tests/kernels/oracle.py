@@ -42,7 +42,9 @@ def paged(rng, lengths, num_kv_heads, head_dim, page_size, *, spare_pages=3, poi
     return Paged(keys, values, k_pages, v_pages, page_table, lengths)
 
 
-def attend(q, keys, values, first_position, *, sm_scale=None, window=None, softcap=None, sinks=None):
+def attend(
+    q, keys, values, first_position, *, sm_scale=None, window=None, softcap=None, sinks=None, span_ends=None
+):
     """Attention of q [n, N, H] at first_position.. over keys, values [K, length, H]; float64 [n, N, H]."""
     n, num_heads, head_dim = q.shape
     num_kv_heads, length, _ = keys.shape
@@ -52,6 +54,8 @@ def attend(q, keys, values, first_position, *, sm_scale=None, window=None, softc
         scores = softcap * np.tanh(scores / softcap)
     position = first_position + np.arange(n)[:, None]
     visible = np.arange(length)[None] <= position
+    if span_ends is not None:
+        visible |= np.arange(length)[None] < span_ends[:, None]
     if window is not None:
         visible &= np.arange(length)[None] > position - window
     scores = np.where(visible[:, None, None], scores, -np.inf)
@@ -72,14 +76,17 @@ def decode(q, kv: Paged, **options):
     return out
 
 
-def prefill(q, kv: Paged, cu_seqlens, **options):
+def prefill(q, kv: Paged, cu_seqlens, *, span_ends=None, **options):
     """[T, N, H] float64; zeros past the last row."""
     out = np.zeros(q.shape, np.float64)
     for row, length in enumerate(kv.lengths):
         start, stop = cu_seqlens[row], cu_seqlens[row + 1]
         if stop > start:
             first = length - (stop - start)
-            out[start:stop] = attend(q[start:stop], kv.keys[row], kv.values[row], first, **options)
+            spans = None if span_ends is None else span_ends[start:stop]
+            out[start:stop] = attend(
+                q[start:stop], kv.keys[row], kv.values[row], first, span_ends=spans, **options
+            )
     return out
 
 

@@ -54,10 +54,11 @@ def test_decode_is_softmax_attention(heads, head_dim, page_size, lengths, option
     padding=st.integers(0, 70),
     options=OPTIONS,
     with_sinks=st.booleans(),
+    with_spans=st.booleans(),
     seed=st.integers(0, 100),
 )
 def test_prefill_is_causal_attention_after_the_cached_prefix(
-    heads, head_dim, page_size, rows, padding, options, with_sinks, seed
+    heads, head_dim, page_size, rows, padding, options, with_sinks, with_spans, seed
 ):
     rng = np.random.default_rng(seed)
     counts = [n for n, _ in rows]
@@ -66,10 +67,11 @@ def test_prefill_is_causal_attention_after_the_cached_prefix(
     num_tokens = max(int(cu_seqlens[-1]) + padding, 1)
     q = rng.normal(size=(num_tokens, heads[0], head_dim)).astype(np.float32)
     sinks = rng.normal(size=heads[0]).astype(np.float32) if with_sinks else None
-    got = jax.jit(lambda *a: ragged_prefill(*a, sinks=sinks, **options))(
+    span_ends = rng.integers(0, 400, num_tokens).astype(np.int32) if with_spans else None
+    got = jax.jit(lambda *a: ragged_prefill(*a, sinks=sinks, span_ends=span_ends, **options))(
         q, kv.k_pages, kv.v_pages, kv.page_table, cu_seqlens, kv.lengths
     )
-    want = oracle.prefill(q, kv, cu_seqlens, sinks=sinks, **options)
+    want = oracle.prefill(q, kv, cu_seqlens, sinks=sinks, span_ends=span_ends, **options)
     assert not np.isnan(got).any()
     assert oracle.relative_error(got, want) < 2e-5
     assert (np.asarray(got)[cu_seqlens[-1] :] == 0).all()

@@ -30,14 +30,17 @@ def inputs(rows, num_heads, num_kv_heads, head_dim, page_size, padding=3):
         ([(40, 0)], (4, 1), 64, PrefillConfig(64, 2, 2, blocks=2), {}),
         ([(20, 70), (0, 0), (3, 130)], (3, 1), 16, PrefillConfig(64, 2, 2, blocks=2), {}),
         ([(9, 200)], (7, 1), 64, PrefillConfig(64, 2, 2, blocks=2), {"window": 70, "softcap": 4.0}),
-        ([(30, 100), (1, 129)], (4, 2), 128, PrefillConfig(64, 2, 1, blocks=2), {"with_sinks": True}),
+        ([(30, 100), (1, 129)], (4, 2), 128, PrefillConfig(64, 2, 1, False, blocks=2), {"with_sinks": True}),
+        ([(20, 50), (30, 0)], (3, 1), 32, PrefillConfig(64, 2, 3, False, blocks=1), {"with_spans": True}),
     ],
 )
 def test_interpreted_kernel_is_causal_attention_without_races(rows, heads, page_size, config, options):
     q, kv, cu_seqlens = inputs(rows, *heads, 64, page_size)
     options = dict(options)
     sinks = np.linspace(-1, 2, heads[0]).astype(np.float32) if options.pop("with_sinks", False) else None
-    operands = (q, kv.k_pages, kv.v_pages, kv.page_table, cu_seqlens, kv.lengths, sinks)
+    spans = np.random.default_rng(1).integers(0, 100, len(q)).astype(np.int32)
+    spans = spans if options.pop("with_spans", False) else None
+    operands = (q, kv.k_pages, kv.v_pages, kv.page_table, cu_seqlens, kv.lengths, sinks, spans)
     with no_races():
         got = prefill_kernel._prefill(
             *operands,
@@ -47,12 +50,12 @@ def test_interpreted_kernel_is_causal_attention_without_races(rows, heads, page_
             config,
             plgpu.InterpretGPUParams(detect_races=True),
         )
-    want = oracle.prefill(q, kv, cu_seqlens, sinks=sinks, **options)
+    want = oracle.prefill(q, kv, cu_seqlens, sinks=sinks, span_ends=spans, **options)
     assert oracle.relative_error(got, want) < 1e-2
     assert (np.asarray(got[cu_seqlens[-1] :], np.float32) == 0).all()
 
 
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
 @pytest.mark.parametrize(("heads", "page_size"), [((32, 8), 8), ((14, 2), 16), ((16, 1), 128)])
 def test_default_configuration_lowers_for_hopper(head_dim, heads, page_size):
     pages = jax.ShapeDtypeStruct((50, heads[1], page_size, head_dim), jnp.bfloat16)
