@@ -107,6 +107,15 @@ def add_values(acc, weights, values, *, interpret: bool):
     return pl.run_state(lambda ref: plgpu.wgmma(ref, weights, values))(plgpu.ACC.init(acc))
 
 
+def widen(source, target, rows: int, dtype) -> None:
+    """Copy 8-bit floats [rows, H] to 16-bit ones, both in shared memory as `operand_buffer` lays them out."""
+    for first in range(0, rows, ROWS):
+        part = pl.ds(first, ROWS)
+        values = plgpu.load(source.at[part], layout=plgpu.Layout.WGMMA_UPCAST_2X, optimized=False)
+        store(target.at[part], values.astype(jnp.float32).astype(dtype))
+    plgpu.commit_smem()
+
+
 def store(ref, values) -> None:
     """Store values to shared memory that no wgmma reads, in whatever way its layout allows."""
     if hasattr(plgpu, "store"):  # from JAX 0.12, where plain assignment insists on a fast store

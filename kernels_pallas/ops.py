@@ -114,6 +114,8 @@ def ragged_prefill(
     softcap: float | None = None,
     sinks: jax.Array | None = None,
     span_ends: jax.Array | None = None,
+    k_scale: jax.Array | float | None = None,
+    v_scale: jax.Array | float | None = None,
     implementation: Implementation | None = None,
 ) -> jax.Array:
     """Causal attention of packed chunks of query tokens over paged keys and values (grouped-query).
@@ -134,6 +136,8 @@ def ragged_prefill(
         span_ends: [T] int32, per token the end (exclusive) of the positions it sees where that lies past its
             own: the tokens of an image see one another when each holds the end of the image. Never past
             the row's length. None is causal everywhere.
+        k_scale, v_scale: scalars by which the stored keys and values are multiplied (pages of
+            float8_e4m3fn); None is 1.
 
     Returns:
         [T, N, H] in the dtype of q; padding gives zeros.
@@ -148,6 +152,9 @@ def ragged_prefill(
         raise ValueError(
             f"span_ends must be [T] = {q.shape[:1]} int32, got {span_ends.shape} {span_ends.dtype}"
         )
+    for name, value in (("k_scale", k_scale), ("v_scale", v_scale)):
+        if value is not None and jnp.ndim(value):
+            raise ValueError(f"{name} must be a scalar, got shape {jnp.shape(value)}")
     reason = prefill_kernel.unsupported(q, k_pages, v_pages)
     kernel = _runs_kernel("ragged_prefill", implementation, reason)
     page_table, lengths = _in_own_buffers(k_pages, page_table, lengths)
@@ -164,6 +171,8 @@ def ragged_prefill(
         softcap=softcap,
         sinks=sinks,
         span_ends=span_ends,
+        k_scale=k_scale,
+        v_scale=v_scale,
     )
 
 

@@ -21,7 +21,9 @@ from kernels_pallas.prefill_schedule import FIELDS, SLAB
 
 WG_SLABS = ROWS // SLAB
 # Per thread of a compute and of the memory warpgroup, together no more than the launch has.
-REGISTERS = {2: (232, 40), 3: (160, 32)}
+REGISTERS = {1: None, 2: (232, 40), 3: (160, 32)}
+FP8_REGISTERS = {1: None, 2: (208, 88)}
+FP8 = jnp.dtype(jnp.float8_e4m3fn)
 QUERY_SLOTS = 2  # tiles whose queries are in shared memory: one in work, one fetched
 
 
@@ -48,8 +50,10 @@ def unsupported(q: jax.Array, k_pages: jax.Array, v_pages: jax.Array) -> str | N
     """Why the kernel cannot take these operands; None if it can."""
     _, num_kv_heads, page_size, head_dim = k_pages.shape
     group = q.shape[1] // num_kv_heads
-    if not (q.dtype == k_pages.dtype == v_pages.dtype) or q.dtype not in (jnp.bfloat16, jnp.float16):
-        return f"q {q.dtype} and pages {k_pages.dtype} are not all bfloat16 (or all float16)"
+    if q.dtype not in (jnp.bfloat16, jnp.float16):
+        return f"q is {q.dtype}, not bfloat16 or float16"
+    if k_pages.dtype != v_pages.dtype or k_pages.dtype not in (q.dtype, FP8):
+        return f"pages {k_pages.dtype} and {v_pages.dtype} are not both {q.dtype} or both {FP8}"
     if head_dim not in (64, 96, 128, 256):
         return f"head_dim {head_dim} is not 64, 96, 128 or 256"
     if page_size not in (8, 16, 32, 64, 128):
@@ -72,12 +76,17 @@ def ragged_prefill(
     softcap,
     sinks,
     span_ends=None,
+    k_scale=None,
+    v_scale=None,
     config=None,
 ):
     """`kernels_pallas.ragged_prefill` by the kernel; operands that `unsupported` accepts."""
     scale = float(q.shape[2] ** -0.5 if sm_scale is None else sm_scale)
     config = config or default_config(q.shape[2])
-    operands = (q, k_pages, v_pages, page_table, cu_seqlens, lengths, sinks, span_ends)
+    scales = None
+    if k_scale is not None or v_scale is not None:
+        scales = jnp.stack([jnp.asarray(1.0 if x is None else x, jnp.float32) for x in (k_scale, v_scale)])
+    operands = (q, k_pages, v_pages, page_table, cu_seqlens, lengths, sinks, span_ends, scales)
     return _prefill(*operands, scale, window, softcap, config, None)
 
 
@@ -92,6 +101,7 @@ def _prefill(
     lengths,
     sinks,
     span_ends,
+    scales,
     scale,
     window,
     softcap,
@@ -108,6 +118,8 @@ def _prefill(
     copies = block // copy_rows
     blocks_per_page = max(page_size // block, 1)
     dtype = q.dtype
+    fp8 = k_pages.dtype == FP8
+    registers = FP8_REGISTERS[groups] if fp8 else REGISTERS[groups]
     layout = plgpu.Layout.WGMMA
     queries = q.reshape(num_tokens, num_kv_heads, group, head_dim)
     if interpret is not None:  # the copy engine zero-fills past the end, the interpreter does not
@@ -122,9 +134,10 @@ def _prefill(
 
     def kernel(q_ref, k_ref, v_ref, table_ref, tiles_ref, total_ref, end_ref, *refs):
         sink_ref, *refs = refs if sinks is not None else (None, *refs)
-        limits_ref, *others = refs if span_ends is not None else (None, *refs)
-        o_ref, (q_smem, q_pieces), k_smem, v_smem, *barriers = others
-        q_bar, q_free, k_bar, v_bar, k_free, v_free, turn, tail = barriers
+        limits_ref, *refs = refs if span_ends is not None else (None, *refs)
+        scales_ref, *refs = refs if scales is not None else (None, *refs)
+        o_ref, (q_smem, q_pieces), k_smem, v_smem, landing, *barriers = refs
+        q_bar, q_free, k_bar, v_bar, k_free, v_free, landed, turn, tail = barriers
         index = lax.axis_index("block")
         thread = lax.axis_index("thread")
         num_items = lax.div(total_ref[0] * num_kv_heads + (blocks - 1) - index, jnp.int32(blocks))
@@ -160,8 +173,10 @@ def _prefill(
 
         @pl.when(thread < groups)
         def _compute():
-            if groups > 1:
-                plgpu.set_max_registers(REGISTERS[groups][0], action="increase")
+            if registers is not None:
+                plgpu.set_max_registers(registers[0], action="increase")
+
+            score_scale = scale if scales is None else scale * scales_ref[0]
 
             def release_queries(n):
                 """The output of item n has left shared memory; its place is free."""
@@ -201,9 +216,9 @@ def _prefill(
 
                     scores = pl.run_scoped(multiply, plgpu.ACC((ROWS, block), jnp.float32))
                     plgpu.barrier_arrive(k_free.at[slot])
-                    factor = scale * LOG2E
+                    factor = score_scale * LOG2E
                     if softcap is not None:
-                        scores = jnp.tanh(scores * (scale / softcap))
+                        scores = jnp.tanh(scores * (score_scale * (1.0 / softcap)))
                         factor = softcap * LOG2E
                     if masked:
                         key = start + plgpu.broadcasted_iota(jnp.int32, (ROWS, block), 1, layout=layout)
@@ -271,7 +286,7 @@ def _prefill(
                     decay = jnp.exp2(maximum - new_maximum)
                     denominator = denominator * decay + jnp.exp2(sink - new_maximum)
                     acc = acc * lax.broadcast_in_dim(decay, acc.shape, [0])
-                inverse = 1.0 / jnp.maximum(denominator, 1e-30)
+                inverse = (1.0 if scales is None else scales_ref[1]) / jnp.maximum(denominator, 1e-30)
                 out = (acc * lax.broadcast_in_dim(inverse, acc.shape, [0])).astype(dtype)
                 complete = locate(slab + (WG_SLABS - 1))[0] + SLAB <= count
 
@@ -334,8 +349,10 @@ def _prefill(
 
         @pl.when(thread == groups)
         def _memory():
-            if groups > 1:
-                plgpu.set_max_registers(REGISTERS[groups][1], action="decrease")
+            if registers is not None:
+                plgpu.set_max_registers(registers[1], action="decrease")
+
+            streams = ((k_ref, k_smem, k_bar, k_free), (v_ref, v_smem, v_bar, v_free))
 
             def fetch_queries(n, head, first, count, slab):
                 slot = lax.rem(n, jnp.int32(QUERY_SLOTS))
@@ -361,27 +378,43 @@ def _prefill(
                     page = lax.div(begin + i, jnp.int32(blocks_per_page)) * copies
                     return tuple(table_ref[row, lax.min(page + j, last_page)] for j in range(copies))
 
+                def copy(i, ids, pages, target, arrived):
+                    for j, page in enumerate(ids):
+                        source = pages.at[page, head]
+                        if blocks_per_page > 1:
+                            part = lax.rem(begin + i, jnp.int32(blocks_per_page)) * block
+                            source = pages.at[page, head, pl.ds(part, block)]
+                        rows = target.at[pl.ds(j * copy_rows, copy_rows)]
+                        plgpu.copy_gmem_to_smem(source, rows, arrived)
+
                 def fetch(i, ids):
                     slot = lax.rem(first_trip + i, jnp.int32(stages))
                     next_ids = page_ids(i + 1)  # the table is read a trip ahead of its use
-                    streams = ((k_ref, k_smem, k_bar, k_free), (v_ref, v_smem, v_bar, v_free))
-                    for pages, smem, arrived, free in streams:
+                    for stream, (pages, smem, arrived, free) in enumerate(streams):
+                        if fp8:
+                            plgpu.barrier_wait(landed.at[stream])
 
                         @pl.when(first_trip + i >= stages)
                         def _wait(free=free):
                             plgpu.barrier_wait(free.at[slot])
 
-                        for j, page in enumerate(ids):
-                            source = pages.at[page, head]
-                            if blocks_per_page > 1:
-                                part = lax.rem(begin + i, jnp.int32(blocks_per_page)) * block
-                                source = pages.at[page, head, pl.ds(part, block)]
-                            target = smem.at[slot, pl.ds(j * copy_rows, copy_rows)]
-                            plgpu.copy_gmem_to_smem(source, target, arrived.at[slot])
+                        if not fp8:
+                            copy(i, ids, pages, smem.at[slot], arrived.at[slot])
+                            continue
+                        mosaic.widen(landing.at[stream], smem.at[slot], block, dtype)
+                        plgpu.barrier_arrive(arrived.at[slot])
+
+                        @pl.when(i + 1 < trips)
+                        def _next(stream=stream, pages=pages):
+                            copy(i + 1, next_ids, pages, landing.at[stream], landed.at[stream])
+
                     return next_ids
 
                 ids = page_ids(jnp.int32(0))
                 fetch_queries(n, head, first, count, slab)
+                if fp8:
+                    for stream, (pages, *_) in enumerate(streams):
+                        copy(jnp.int32(0), ids, pages, landing.at[stream], landed.at[stream])
                 lax.fori_loop(0, trips, fetch, ids)
                 return first_trip + trips, *upcoming
 
@@ -413,6 +446,8 @@ def _prefill(
         operands = (*operands, sink_rows)
     if limits is not None:
         operands = (*operands, limits)
+    if scales is not None:
+        operands = (*operands, scales)
     launch = plgpu.kernel(
         kernel,
         out_type=mosaic.out_like((num_tokens, num_kv_heads, group, head_dim), dtype, *operands),
@@ -424,12 +459,14 @@ def _prefill(
             plgpu.RefUnion(query_buffer, query_pieces),
             mosaic.operand_buffer((stages, block, head_dim), dtype),
             mosaic.operand_buffer((stages, block, head_dim), dtype),
+            mosaic.operand_buffer((2, block, head_dim), FP8) if fp8 else None,
             plgpu.Barrier(num_arrivals=tile_slabs, num_barriers=QUERY_SLOTS),
             plgpu.Barrier(num_arrivals=groups, num_barriers=QUERY_SLOTS),
-            plgpu.Barrier(num_arrivals=copies, num_barriers=stages),
-            plgpu.Barrier(num_arrivals=copies, num_barriers=stages),
+            plgpu.Barrier(num_arrivals=1 if fp8 else copies, num_barriers=stages),
+            plgpu.Barrier(num_arrivals=1 if fp8 else copies, num_barriers=stages),
             plgpu.Barrier(num_arrivals=groups, num_barriers=stages),
             plgpu.Barrier(num_arrivals=groups, num_barriers=stages),
+            plgpu.Barrier(num_arrivals=copies, num_barriers=2) if fp8 else None,
             plgpu.Barrier(num_arrivals=groups),
             plgpu.Barrier(),
         ],

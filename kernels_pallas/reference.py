@@ -97,6 +97,8 @@ def ragged_prefill(
     softcap: float | None = None,
     sinks: jax.Array | None = None,
     span_ends: jax.Array | None = None,
+    k_scale: jax.Array | float | None = None,
+    v_scale: jax.Array | float | None = None,
 ) -> jax.Array:
     """Causal attention of packed query tokens of several rows. See `kernels_pallas.ragged_prefill`."""
     num_tokens, num_heads, head_dim = q.shape
@@ -104,6 +106,8 @@ def ragged_prefill(
     num_rows = page_table.shape[0]
     group = num_heads // num_kv_heads
     scale = head_dim**-0.5 if sm_scale is None else sm_scale
+    if k_scale is not None:
+        scale = scale * k_scale
     block_pages, page_table = _page_blocks(page_table, page_size, PREFILL_BLOCK)
     block = block_pages * page_size
     tile = _tile_size(num_tokens, num_rows)
@@ -154,6 +158,8 @@ def ragged_prefill(
         return lax.dynamic_update_slice_in_dim(out, result, token, axis=0)
 
     out = lax.fori_loop(0, tile_ends[-1], attend, jnp.zeros_like(queries))
+    if v_scale is not None:
+        out = out * v_scale
     return out[:num_tokens].astype(q.dtype)
 
 

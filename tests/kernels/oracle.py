@@ -1,6 +1,6 @@
 """Float64 NumPy models of the operations, and random paged inputs with poison where nothing may be read."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -40,6 +40,12 @@ def paged(rng, lengths, num_kv_heads, head_dim, page_size, *, spare_pages=3, poi
             k_pages[page, :, t % page_size] = k[:, t]
             v_pages[page, :, t % page_size] = v[:, t]
     return Paged(keys, values, k_pages, v_pages, page_table, lengths)
+
+
+def scaled(kv: Paged, scales) -> Paged:
+    """The keys and values (not the pages) times (k_scale, v_scale); the same with None."""
+    k_scale, v_scale = scales or (1.0, 1.0)
+    return replace(kv, keys=[k * k_scale for k in kv.keys], values=[v * v_scale for v in kv.values])
 
 
 def attend(

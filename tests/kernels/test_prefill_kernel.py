@@ -13,12 +13,12 @@ from tests.kernels import oracle
 from tests.kernels.interpreter import no_races
 
 
-def inputs(rows, num_heads, num_kv_heads, head_dim, page_size, padding=3):
+def inputs(rows, num_heads, num_kv_heads, head_dim, page_size, padding=3, dtype=ml_dtypes.bfloat16):
     """Packed queries, KV and cu_seqlens for rows of (new tokens, cached tokens)."""
     rng = np.random.default_rng(0)
     counts = [new for new, _ in rows]
     lengths = [new + cached if new else 0 for new, cached in rows]
-    kv = oracle.paged(rng, lengths, num_kv_heads, head_dim, page_size, dtype=ml_dtypes.bfloat16)
+    kv = oracle.paged(rng, lengths, num_kv_heads, head_dim, page_size, dtype=dtype)
     cu_seqlens = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
     q = rng.normal(size=(int(cu_seqlens[-1]) + padding, num_heads, head_dim)).astype(ml_dtypes.bfloat16)
     return q, kv, cu_seqlens
@@ -32,25 +32,30 @@ def inputs(rows, num_heads, num_kv_heads, head_dim, page_size, padding=3):
         ([(9, 200)], (7, 1), 64, PrefillConfig(64, 2, 2, blocks=2), {"window": 70, "softcap": 4.0}),
         ([(30, 100), (1, 129)], (4, 2), 128, PrefillConfig(64, 2, 1, False, blocks=2), {"with_sinks": True}),
         ([(20, 50), (30, 0)], (3, 1), 32, PrefillConfig(64, 2, 3, False, blocks=1), {"with_spans": True}),
+        ([(20, 110)], (4, 1), 16, PrefillConfig(64, 2, 2, blocks=1), {"scales": (0.5, 2.0)}),
     ],
 )
 def test_interpreted_kernel_is_causal_attention_without_races(rows, heads, page_size, config, options):
-    q, kv, cu_seqlens = inputs(rows, *heads, 64, page_size)
     options = dict(options)
+    scales = options.pop("scales", None)
+    dtype = ml_dtypes.bfloat16 if scales is None else ml_dtypes.float8_e4m3fn
+    q, kv, cu_seqlens = inputs(rows, *heads, 64, page_size, dtype=dtype)
     sinks = np.linspace(-1, 2, heads[0]).astype(np.float32) if options.pop("with_sinks", False) else None
     spans = np.random.default_rng(1).integers(0, 100, len(q)).astype(np.int32)
     spans = spans if options.pop("with_spans", False) else None
     operands = (q, kv.k_pages, kv.v_pages, kv.page_table, cu_seqlens, kv.lengths, sinks, spans)
+    packed = None if scales is None else np.asarray(scales, np.float32)
     with no_races():
         got = prefill_kernel._prefill(
             *operands,
+            packed,
             64**-0.5,
             options.get("window"),
             options.get("softcap"),
             config,
             plgpu.InterpretGPUParams(detect_races=True),
         )
-    want = oracle.prefill(q, kv, cu_seqlens, sinks=sinks, span_ends=spans, **options)
+    want = oracle.prefill(q, oracle.scaled(kv, scales), cu_seqlens, sinks=sinks, span_ends=spans, **options)
     assert oracle.relative_error(got, want) < 1e-2
     assert (np.asarray(got[cu_seqlens[-1] :], np.float32) == 0).all()
 
