@@ -24,6 +24,7 @@ WG_SLABS = ROWS // SLAB
 REGISTERS = {1: None, 2: (232, 40), 3: (160, 32)}
 FP8_REGISTERS = {1: None, 2: (208, 88)}
 FP8 = jnp.dtype(jnp.float8_e4m3fn)
+L2_BYTES = 24 << 20  # of keys and values that stay in the cache while tiles share them
 QUERY_SLOTS = 2  # tiles whose queries are in shared memory: one in work, one fetched
 
 
@@ -140,11 +141,18 @@ def _prefill(
         q_bar, q_free, k_bar, v_bar, k_free, v_free, landed, turn, tail = barriers
         index = lax.axis_index("block")
         thread = lax.axis_index("thread")
-        num_items = lax.div(total_ref[0] * num_kv_heads + (blocks - 1) - index, jnp.int32(blocks))
+
+        def place(n):
+            """Which of the items of round n is this block's; odd rounds go backwards, for evenness."""
+            return jnp.where(lax.rem(n, jnp.int32(2)) == 0, index, blocks - 1 - index)
+
+        total = total_ref[0] * num_kv_heads
+        rounds = lax.div(total, jnp.int32(blocks))
+        num_items = rounds + (rounds * blocks + place(rounds) < total).astype(jnp.int32)
 
         def read_item(n):
             """kv head, tile and its fields (`prefill_schedule.tiles`) of this block's item n."""
-            item = n * blocks + index
+            item = n * blocks + place(n)
             tile = lax.min(lax.div(item, jnp.int32(num_kv_heads)), jnp.int32(num_tiles - 1))
             head = lax.rem(item, jnp.int32(num_kv_heads))
             return head, tile, *(tiles_ref[tile * FIELDS + i] for i in range(FIELDS))
@@ -439,6 +447,7 @@ def _prefill(
         tile_slabs=tile_slabs,
         block=block,
         window=window,
+        cache_tokens=L2_BYTES // (2 * num_kv_heads * head_dim * k_pages.dtype.itemsize),
     )
     end = jnp.minimum(cu_seqlens[-1:], num_tokens)
     operands = (queries, k_pages, v_pages, page_table, tiles, total, end)

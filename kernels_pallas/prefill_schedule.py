@@ -29,8 +29,9 @@ def tiles(
     tile_slabs: int,
     block: int,
     window: int | None,
+    cache_tokens: int,
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-    """The tiles of packed rows, those that look at the most keys first.
+    """The tiles of packed rows, part by part (`_parts`), those that look at the most keys first.
 
     Args:
         cu_seqlens, lengths, span_ends: as in `kernels_pallas.ragged_prefill`.
@@ -38,6 +39,7 @@ def tiles(
         group: query heads per kv head.
         tile_slabs: slabs of a tile.
         block: KV tokens of a trip.
+        cache_tokens: KV tokens that the L2 cache holds; tiles of rows beyond it are not run side by side.
 
     Returns:
         ([num_tiles * FIELDS] int32, per tile: row, the row's first packed token, its query tokens, its KV
@@ -69,7 +71,16 @@ def tiles(
         begin = jnp.maximum(offset + slab // group * SLAB - (window - 1), 0) // block
     trips = jnp.where(tile < ends[-1], -(-stop // block) - begin, 0)
     fields = jnp.stack([row, cu_seqlens[row], counts[row], lengths[row], slab, begin, trips], axis=1)
-    order = jnp.argsort(-trips)
+    order = jnp.argsort(_parts(jnp.where(counts > 0, lengths, 0), cache_tokens)[row] * 2**20 - trips)
     if limits is not None:
         limits = limits[order]
     return fields[order].reshape(-1), ends[-1:].astype(jnp.int32), limits
+
+
+def _parts(lengths: jax.Array, cache_tokens: int) -> jax.Array:
+    """Number [R] of the part of the work that each row belongs to: rows by falling length, a cache full each."""
+    index = jnp.arange(lengths.shape[0])
+    longer = lengths[None, :] > lengths[:, None]
+    earlier = longer | ((lengths[None, :] == lengths[:, None]) & (index[None, :] < index[:, None]))
+    before = jnp.where(earlier, lengths[None, :], 0).sum(axis=1)
+    return jnp.minimum(before // cache_tokens, 1000)
