@@ -132,6 +132,9 @@ def _prefill(
 
     query_buffer = mosaic.operand_buffer((QUERY_SLOTS, groups, ROWS, head_dim), dtype)
     columns, query_pieces = mosaic.tiles_of(query_buffer)
+    if interpret is not None:  # members of a union are apart there, and no tiles to respect
+        columns = head_dim
+    parts = head_dim // columns  # copies of a slab
 
     def kernel(q_ref, k_ref, v_ref, table_ref, tiles_ref, total_ref, end_ref, *refs):
         sink_ref, *refs = refs if sinks is not None else (None, *refs)
@@ -167,11 +170,11 @@ def _prefill(
             Mosaic puts a tiled buffer only in step with tiles of global memory, and tokens are not, so what
             moves is the columns of one swizzle tile.
             """
-            if interpret is not None:  # members of a union are apart there, and no tiles to respect
+            if interpret is not None:
                 return [(q_smem.at[slot, warpgroup, pl.ds(s * SLAB + first, rows)], pl.ds(0, head_dim))]
             return [
                 (q_pieces.at[slot, warpgroup, s, c, pl.ds(first, rows)], pl.ds(c * columns, columns))
-                for c in range(head_dim // columns)
+                for c in range(parts)
             ]
 
         def take_turn():
@@ -469,7 +472,7 @@ def _prefill(
             mosaic.operand_buffer((stages, block, head_dim), dtype),
             mosaic.operand_buffer((stages, block, head_dim), dtype),
             mosaic.operand_buffer((2, block, head_dim), FP8) if fp8 else None,
-            plgpu.Barrier(num_arrivals=tile_slabs, num_barriers=QUERY_SLOTS),
+            plgpu.Barrier(num_arrivals=tile_slabs * parts, num_barriers=QUERY_SLOTS),
             plgpu.Barrier(num_arrivals=groups, num_barriers=QUERY_SLOTS),
             plgpu.Barrier(num_arrivals=1 if fp8 else copies, num_barriers=stages),
             plgpu.Barrier(num_arrivals=1 if fp8 else copies, num_barriers=stages),
