@@ -207,7 +207,8 @@ def _prefill(
                 stop = query + 1  # of the keys that a query sees
                 if span_ends is not None:
                     rows = limits_ref.at[tile, pl.ds(thread * ROWS, ROWS)]
-                    stop = plgpu.load(rows, layout=layout.reduce(1), optimized=False)
+                    ends = plgpu.load(rows, layout=layout.reduce(1), optimized=False)
+                    stop = jnp.maximum(stop, ends)
 
                 def trip(i, state, masked):
                     acc, maximum, denominator = state  # [64, H], [64], [64]

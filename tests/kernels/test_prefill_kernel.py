@@ -60,16 +60,28 @@ def test_interpreted_kernel_is_causal_attention_without_races(rows, heads, page_
     assert (np.asarray(got[cu_seqlens[-1] :], np.float32) == 0).all()
 
 
-@pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
-@pytest.mark.parametrize(("heads", "page_size"), [((32, 8), 8), ((14, 2), 16), ((16, 1), 128)])
-def test_default_configuration_lowers_for_hopper(head_dim, heads, page_size):
-    pages = jax.ShapeDtypeStruct((50, heads[1], page_size, head_dim), jnp.bfloat16)
+def lower(heads, head_dim, page_size, dtype=jnp.bfloat16, **options):
+    """Text of the op's lowering for a Hopper GPU."""
+    pages = jax.ShapeDtypeStruct((50, heads[1], page_size, head_dim), dtype)
     q = jax.ShapeDtypeStruct((100, heads[0], head_dim), jnp.bfloat16)
     table, rows = jax.ShapeDtypeStruct((4, 12), jnp.int32), jax.ShapeDtypeStruct((4,), jnp.int32)
     ends = jax.ShapeDtypeStruct((5,), jnp.int32)
-    attend = jax.jit(lambda *a: ragged_prefill(*a, window=100, implementation="mosaic"))
-    lowered = attend.trace(q, pages, pages, table, ends, rows).lower(lowering_platforms=("cuda",))
-    assert "mosaic_gpu" in lowered.as_text()
+    attend = jax.jit(lambda *a: ragged_prefill(*a, implementation="mosaic", **options))
+    return attend.trace(q, pages, pages, table, ends, rows).lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
+@pytest.mark.parametrize(("heads", "page_size"), [((32, 8), 8), ((14, 2), 16), ((16, 1), 128)])
+def test_default_configuration_lowers_for_hopper(head_dim, heads, page_size):
+    assert "mosaic_gpu" in lower(heads, head_dim, page_size, window=100)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_options_lower_for_hopper(head_dim):
+    fp8 = {"dtype": jnp.float8_e4m3fn, "k_scale": 0.5, "v_scale": jnp.float32(2.0)}
+    assert "mosaic_gpu" in lower((8, 2), head_dim, 16, **fp8)
+    spans = {"span_ends": np.zeros(100, np.int32), "softcap": 5.0, "sinks": np.zeros(8, np.float32)}
+    assert "mosaic_gpu" in lower((8, 2), head_dim, 16, **spans)
 
 
 @pytest.mark.gpu
