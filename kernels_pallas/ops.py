@@ -155,7 +155,7 @@ def ragged_prefill(
     for name, value in (("k_scale", k_scale), ("v_scale", v_scale)):
         if value is not None and jnp.ndim(value):
             raise ValueError(f"{name} must be a scalar, got shape {jnp.shape(value)}")
-    reason = prefill_kernel.unsupported(q, k_pages, v_pages)
+    reason = prefill_kernel.unsupported(q, k_pages, v_pages, sinks)
     kernel = _runs_kernel("ragged_prefill", implementation, reason)
     page_table, lengths = _in_own_buffers(k_pages, page_table, lengths)
     attend = prefill_kernel.ragged_prefill if kernel else reference.ragged_prefill
