@@ -145,7 +145,8 @@ def _prefill(
         inputs, rest = refs[: len(operands)], iter(refs[len(operands) :])
         extras = [None if x is None else next(rest) for x in optional]
         out, (q_smem, q_pieces), *scratch = rest
-        threads = Block(problem, Refs(*inputs, *extras, out, q_smem, q_pieces, *scratch))
+        fields = [*inputs, *extras, out, q_smem, q_pieces, *scratch]
+        threads = Block(problem, Refs(*fields))
         pl.when(threads.thread < groups)(lambda: attend_all(threads))
         pl.when(threads.thread == groups)(lambda: fetch_all(threads))
 
