@@ -61,6 +61,18 @@ def operand_buffer(shape: tuple[int, ...], dtype, like: int | None = None) -> pl
     return plgpu.SMEM(shape, dtype, transforms=transforms)
 
 
+def tiles_of(buffer: plgpu.SMEM) -> tuple[int, plgpu.SMEM]:
+    """Columns of a swizzle tile of an `operand_buffer` [..., rows, columns], and its memory as these tiles.
+
+    To be put in one `plgpu.RefUnion` with the buffer: [..., rows // 8, columns // c, 8, c].
+    """
+    tiling, swizzle = buffer.transforms
+    *leading, rows, columns = buffer.shape
+    height, width = tiling.tiling
+    shape = (*leading, rows // height, columns // width, height, width)
+    return width, plgpu.SMEM(shape, buffer.dtype, transforms=(swizzle,))
+
+
 def dot(left, right, shape: tuple[int, int]):
     """Product float32 of two operands in shared memory."""
 
@@ -97,6 +109,15 @@ def add_values(acc, weights, values, *, interpret: bool):
         plgpu.commit_smem()  # an ordinary read before the copy engine overwrites the slot
         return acc
     return pl.run_state(lambda ref: plgpu.wgmma(ref, weights, values))(plgpu.ACC.init(acc))
+
+
+def widen(source, target, rows: int, dtype) -> None:
+    """Copy 8-bit floats [rows, H] to 16-bit ones, both in shared memory as `operand_buffer` lays them out."""
+    for first in range(0, rows, ROWS):
+        part = pl.ds(first, ROWS)
+        values = plgpu.load(source.at[part], layout=plgpu.Layout.WGMMA_UPCAST_2X, optimized=False)
+        store(target.at[part], values.astype(jnp.float32).astype(dtype))
+    plgpu.commit_smem()
 
 
 def store(ref, values) -> None:

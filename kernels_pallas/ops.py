@@ -196,6 +196,9 @@ def ragged_prefill(
     window: int | None = None,
     softcap: float | None = None,
     sinks: jax.Array | None = None,
+    span_ends: jax.Array | None = None,
+    k_scale: jax.Array | float | None = None,
+    v_scale: jax.Array | float | None = None,
     implementation: Implementation | None = None,
 ) -> jax.Array:
     """Causal attention of packed chunks of query tokens over paged keys and values (grouped-query).
@@ -213,6 +216,11 @@ def ragged_prefill(
             padding.
         lengths: [R] int32, KV tokens of the row after this chunk.
         sm_scale, window, softcap, sinks, implementation: as in `paged_decode`; a window ends at its query.
+        span_ends: [T] int32, per token the end (exclusive) of the positions it sees where that lies past its
+            own: the tokens of an image see one another when each holds the end of the image. Never past
+            the row's length. None is causal everywhere.
+        k_scale, v_scale: scalars by which the stored keys and values are multiplied (pages of
+            float8_e4m3fn); None is 1.
 
     Returns:
         [T, N, H] in the dtype of q; padding gives zeros.
@@ -223,7 +231,14 @@ def ragged_prefill(
     check_attention(q, k_pages, v_pages, page_table, lengths, window, softcap, sinks)
     if cu_seqlens.shape != (page_table.shape[0] + 1,):
         raise ValueError(f"cu_seqlens must be [R + 1] = [{page_table.shape[0] + 1}], got {cu_seqlens.shape}")
-    reason = prefill_kernel.unsupported(q, k_pages, v_pages)
+    if span_ends is not None and (span_ends.shape != q.shape[:1] or span_ends.dtype != jnp.int32):
+        raise ValueError(
+            f"span_ends must be [T] = {q.shape[:1]} int32, got {span_ends.shape} {span_ends.dtype}"
+        )
+    for name, value in (("k_scale", k_scale), ("v_scale", v_scale)):
+        if value is not None and jnp.ndim(value):
+            raise ValueError(f"{name} must be a scalar, got shape {jnp.shape(value)}")
+    reason = prefill_kernel.unsupported(q, k_pages, v_pages, sinks)
     kernel = _runs_kernel("ragged_prefill", implementation, reason)
     page_table, lengths = _in_own_buffers(k_pages, page_table, lengths)
     attend = prefill_kernel.ragged_prefill if kernel else reference.ragged_prefill
@@ -238,6 +253,9 @@ def ragged_prefill(
         window=window,
         softcap=softcap,
         sinks=sinks,
+        span_ends=span_ends,
+        k_scale=k_scale,
+        v_scale=v_scale,
     )
 
 

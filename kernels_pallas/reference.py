@@ -133,6 +133,9 @@ def ragged_prefill(
     window: int | None = None,
     softcap: float | None = None,
     sinks: jax.Array | None = None,
+    span_ends: jax.Array | None = None,
+    k_scale: jax.Array | float | None = None,
+    v_scale: jax.Array | float | None = None,
 ) -> jax.Array:
     """Causal attention of packed query tokens of several rows. See `kernels_pallas.ragged_prefill`."""
     num_tokens, num_heads, head_dim = q.shape
@@ -140,6 +143,8 @@ def ragged_prefill(
     num_rows = page_table.shape[0]
     group = num_heads // num_kv_heads
     scale = head_dim**-0.5 if sm_scale is None else sm_scale
+    if k_scale is not None:
+        scale = scale * k_scale
     block_pages, page_table = _page_blocks(page_table, page_size, PREFILL_BLOCK)
     block = block_pages * page_size
     tile = _tile_size(num_tokens, num_rows)
@@ -149,6 +154,8 @@ def ragged_prefill(
     # One tile of slack, so that the slices of the last tile never clamp.
     queries = jnp.pad(q.astype(jnp.float32) * scale, ((0, tile), (0, 0), (0, 0)))
     sink_logits = _sinks(sinks, num_kv_heads, group, repeats=tile)
+    if span_ends is not None:
+        span_ends = jnp.pad(span_ends, (0, tile))
 
     def attend(t, out):
         row = jnp.searchsorted(tile_ends, t, side="right").astype(jnp.int32)
@@ -157,6 +164,10 @@ def ragged_prefill(
         count = jnp.minimum(row_tokens[row] - index * tile, tile)
         position = lengths[row] - row_tokens[row] + index * tile  # of the tile's first query
         query_position = position + jnp.arange(tile, dtype=jnp.int32)  # [tile]
+        stop = query_position + 1  # [tile] past the keys that a query sees
+        if span_ends is not None:
+            stop = jnp.maximum(stop, lax.dynamic_slice_in_dim(span_ends, token, tile))
+            stop = jnp.minimum(stop, lengths[row])
         chunk = lax.dynamic_slice_in_dim(queries, token, tile)  # [tile, N, H]
         chunk = chunk.reshape(tile, num_kv_heads, group, head_dim)
         chunk = chunk.transpose(1, 2, 0, 3).reshape(num_kv_heads, group * tile, head_dim)
@@ -165,17 +176,17 @@ def ragged_prefill(
         def step(i, carry):
             ids = lax.dynamic_slice_in_dim(row_pages, i * block_pages, block_pages)
             key_position = i * block + jnp.arange(block, dtype=jnp.int32)
-            visible = key_position[None, :] <= query_position[:, None]  # [tile, block]
+            visible = key_position[None, :] < stop[:, None]  # [tile, block]
             if window is not None:
                 visible &= key_position[None, :] > query_position[:, None] - window
             keys = _gather(k_pages, ids)  # [K, block, H]
-            written = (key_position < position + count)[None, :, None]
+            written = (key_position < lengths[row])[None, :, None]
             values = jnp.where(written, _gather(v_pages, ids), 0.0)
             scores = jnp.einsum("kqh,ksh->kqs", chunk, keys, precision=lax.Precision.HIGHEST)
             return _accumulate(carry, scores, jnp.tile(visible, (group, 1))[None], values, softcap)
 
         begin = 0 if window is None else jnp.maximum(position - window + 1, 0) // block
-        end = -(-(position + count) // block)
+        end = -(-jnp.max(jnp.where(jnp.arange(tile) < count, stop, 0)) // block)
         result = _normalise(lax.fori_loop(begin, end, step, _empty(chunk)), sink_logits)
         result = result.reshape(num_kv_heads, group, tile, head_dim).transpose(2, 0, 1, 3)
         result = jnp.where((jnp.arange(tile) < count)[:, None, None, None], result, 0.0)
@@ -184,6 +195,8 @@ def ragged_prefill(
         return lax.dynamic_update_slice_in_dim(out, result, token, axis=0)
 
     out = lax.fori_loop(0, tile_ends[-1], attend, jnp.zeros_like(queries))
+    if v_scale is not None:
+        out = out * v_scale
     return out[:num_tokens].astype(q.dtype)
 
 

@@ -1,6 +1,6 @@
 """Float64 NumPy models of the operations, and random paged inputs with poison where nothing may be read."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -42,7 +42,15 @@ def paged(rng, lengths, num_kv_heads, head_dim, page_size, *, spare_pages=3, poi
     return Paged(keys, values, k_pages, v_pages, page_table, lengths)
 
 
-def attend(q, keys, values, first_position, *, sm_scale=None, window=None, softcap=None, sinks=None):
+def scaled(kv: Paged, scales) -> Paged:
+    """The keys and values (not the pages) times (k_scale, v_scale); the same with None."""
+    k_scale, v_scale = scales or (1.0, 1.0)
+    return replace(kv, keys=[k * k_scale for k in kv.keys], values=[v * v_scale for v in kv.values])
+
+
+def attend(
+    q, keys, values, first_position, *, sm_scale=None, window=None, softcap=None, sinks=None, span_ends=None
+):
     """Attention of q [n, N, H] at first_position.. over keys, values [K, length, H]; float64 [n, N, H]."""
     n, num_heads, head_dim = q.shape
     num_kv_heads, length, _ = keys.shape
@@ -52,6 +60,8 @@ def attend(q, keys, values, first_position, *, sm_scale=None, window=None, softc
         scores = softcap * np.tanh(scores / softcap)
     position = first_position + np.arange(n)[:, None]
     visible = np.arange(length)[None] <= position
+    if span_ends is not None:
+        visible |= np.arange(length)[None] < span_ends[:, None]
     if window is not None:
         visible &= np.arange(length)[None] > position - window
     scores = np.where(visible[:, None, None], scores, -np.inf)
@@ -72,14 +82,17 @@ def decode(q, kv: Paged, **options):
     return out
 
 
-def prefill(q, kv: Paged, cu_seqlens, **options):
+def prefill(q, kv: Paged, cu_seqlens, *, span_ends=None, **options):
     """[T, N, H] float64; zeros past the last row."""
     out = np.zeros(q.shape, np.float64)
     for row, length in enumerate(kv.lengths):
         start, stop = cu_seqlens[row], cu_seqlens[row + 1]
         if stop > start:
             first = length - (stop - start)
-            out[start:stop] = attend(q[start:stop], kv.keys[row], kv.values[row], first, **options)
+            spans = None if span_ends is None else span_ends[start:stop]
+            out[start:stop] = attend(
+                q[start:stop], kv.keys[row], kv.values[row], first, span_ends=spans, **options
+            )
     return out
 
 

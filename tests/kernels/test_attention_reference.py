@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -54,10 +55,11 @@ def test_decode_is_softmax_attention(heads, head_dim, page_size, lengths, option
     padding=st.integers(0, 70),
     options=OPTIONS,
     with_sinks=st.booleans(),
+    with_spans=st.booleans(),
     seed=st.integers(0, 100),
 )
 def test_prefill_is_causal_attention_after_the_cached_prefix(
-    heads, head_dim, page_size, rows, padding, options, with_sinks, seed
+    heads, head_dim, page_size, rows, padding, options, with_sinks, with_spans, seed
 ):
     rng = np.random.default_rng(seed)
     counts = [n for n, _ in rows]
@@ -66,13 +68,32 @@ def test_prefill_is_causal_attention_after_the_cached_prefix(
     num_tokens = max(int(cu_seqlens[-1]) + padding, 1)
     q = rng.normal(size=(num_tokens, heads[0], head_dim)).astype(np.float32)
     sinks = rng.normal(size=heads[0]).astype(np.float32) if with_sinks else None
-    got = jax.jit(lambda *a: ragged_prefill(*a, sinks=sinks, **options))(
+    span_ends = rng.integers(0, 400, num_tokens).astype(np.int32) if with_spans else None
+    got = jax.jit(lambda *a: ragged_prefill(*a, sinks=sinks, span_ends=span_ends, **options))(
         q, kv.k_pages, kv.v_pages, kv.page_table, cu_seqlens, kv.lengths
     )
-    want = oracle.prefill(q, kv, cu_seqlens, sinks=sinks, **options)
+    want = oracle.prefill(q, kv, cu_seqlens, sinks=sinks, span_ends=span_ends, **options)
     assert not np.isnan(got).any()
     assert oracle.relative_error(got, want) < 2e-5
     assert (np.asarray(got)[cu_seqlens[-1] :] == 0).all()
+
+
+@DRAWS
+@given(
+    scales=st.tuples(st.sampled_from([None, 0.25, 3.0]), st.sampled_from([None, 0.5])),
+    seed=st.integers(0, 99),
+)
+def test_prefill_of_8_bit_pages_applies_their_scales(scales, seed):
+    rng = np.random.default_rng(seed)
+    kv = oracle.paged(rng, [70, 9], 2, 16, 8, dtype=ml_dtypes.float8_e4m3fn)
+    cu_seqlens = np.array([0, 20, 29], np.int32)
+    q = rng.normal(size=(31, 6, 16)).astype(np.float32)
+    k_scale, v_scale = scales
+    got = jax.jit(lambda *a: ragged_prefill(*a, k_scale=k_scale, v_scale=v_scale))(
+        q, kv.k_pages, kv.v_pages, kv.page_table, cu_seqlens, kv.lengths
+    )
+    want = oracle.prefill(q, oracle.scaled(kv, (k_scale or 1.0, v_scale or 1.0)), cu_seqlens)
+    assert oracle.relative_error(got, want) < 2e-5
 
 
 def test_a_lane_is_the_same_alone_and_in_a_batch():
