@@ -471,9 +471,10 @@ class Runner:
 
     def _upload(self, lanes: int, packed: np.ndarray) -> jax.Array:
         """The packed array of a decode step on the device, at one address for each number of lanes."""
-        array, buffer = self._put(packed), self._uploads.get(lanes)
-        if buffer is not None:
-            array = self._steps.get(self._refill_key(lanes))(buffer, array)
+        buffer = self._uploads.pop(lanes, None)
+        if buffer is None:
+            buffer = self._put(packed)
+        array = self._steps.get(self._refill_key(lanes))(buffer, self._put(packed))
         self._uploads[lanes] = array
         return array
 
