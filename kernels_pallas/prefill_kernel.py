@@ -29,14 +29,19 @@ class PrefillConfig:
     warpgroups: int = 2
 
 
+def default_config(head_dim: int) -> PrefillConfig:
+    """The choice that fits the shared memory and the registers of each head dim."""
+    return PrefillConfig(64, 2, 1) if head_dim > 128 else PrefillConfig(128, 2, 2)
+
+
 def unsupported(q: jax.Array, k_pages: jax.Array, v_pages: jax.Array) -> str | None:
     """Why the kernel cannot take these operands; None if it can."""
     _, num_kv_heads, page_size, head_dim = k_pages.shape
     group = q.shape[1] // num_kv_heads
     if not (q.dtype == k_pages.dtype == v_pages.dtype) or q.dtype not in (jnp.bfloat16, jnp.float16):
         return f"q {q.dtype} and pages {k_pages.dtype} are not all bfloat16 (or all float16)"
-    if head_dim not in (64, 128):
-        return f"head_dim {head_dim} is not 64 or 128"
+    if head_dim not in (64, 128, 256):
+        return f"head_dim {head_dim} is not 64, 128 or 256"
     if page_size not in (8, 16, 32, 64, 128):
         return f"page_size {page_size} is not 8, 16, 32, 64 or 128"
     if group > 16:
@@ -49,7 +54,7 @@ def ragged_prefill(
 ):
     """`kernels_pallas.ragged_prefill` by the kernel; operands that `unsupported` accepts."""
     scale = float(q.shape[2] ** -0.5 if sm_scale is None else sm_scale)
-    config = config or PrefillConfig(block_kv=128, stages=2)
+    config = config or default_config(q.shape[2])
     operands = (q, k_pages, v_pages, page_table, cu_seqlens, lengths, sinks)
     return _prefill(*operands, scale, window, softcap, config, None)
 

@@ -52,7 +52,7 @@ def test_interpreted_kernel_is_causal_attention_without_races(rows, heads, page_
     assert (np.asarray(got[cu_seqlens[-1] :], np.float32) == 0).all()
 
 
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
 @pytest.mark.parametrize(("heads", "page_size"), [((32, 8), 8), ((14, 2), 16), ((16, 1), 128)])
 def test_default_configuration_lowers_for_hopper(head_dim, heads, page_size):
     pages = jax.ShapeDtypeStruct((50, heads[1], page_size, head_dim), jnp.bfloat16)
@@ -67,7 +67,7 @@ def test_default_configuration_lowers_for_hopper(head_dim, heads, page_size):
 @pytest.mark.gpu
 @pytest.mark.skipif(mosaic.device_without_kernels() is not None, reason="needs a Hopper GPU")
 @pytest.mark.parametrize("heads", [(32, 8), (14, 2), (9, 3), (16, 1), (4, 4)])
-@pytest.mark.parametrize(("head_dim", "page_size"), [(64, 8), (64, 64), (128, 16), (128, 128)])
+@pytest.mark.parametrize(("head_dim", "page_size"), [(64, 8), (64, 64), (128, 16), (128, 128), (256, 32)])
 @pytest.mark.parametrize("options", [{}, {"window": 300, "softcap": 20.0}, {"with_sinks": True}])
 def test_kernel_on_the_gpu_is_causal_attention(heads, head_dim, page_size, options):
     options = dict(options)
