@@ -231,15 +231,15 @@ def mix32(x: jax.Array) -> jax.Array:
 
 def hash_tokens(first: jax.Array, second: jax.Array, tokens: jax.Array) -> jax.Array:
     """32 random bits of a (lane, token id); all uint32, broadcast together."""
-    x = (tokens * jnp.uint32(0x9E3779B1)) ^ first
-    x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
+    x = tokens * jnp.uint32(0x9E3779B1)
+    x = (x ^ (x >> 16) ^ (first ^ (first >> 16))) * jnp.uint32(0x85EBCA6B)
     x = (x ^ (x >> 13) ^ second) * jnp.uint32(0xC2B2AE35)
     return x ^ (x >> 16)
 
 
 def gumbel_from_bits(bits: jax.Array) -> jax.Array:
     """-log(-log(1 - u)), u = (bits + 1/2) / 2**32: finest where u is small, which are the winning draws."""
-    u = jnp.minimum((bits.astype(jnp.float32) + 0.5) * 2.0**-32, 1.0 - 2.0**-24)
+    u = jnp.minimum(bits.astype(jnp.float32) * 2.0**-32 + 2.0**-33, 1.0 - 2.0**-24)
     series = u * (1.0 + u * (0.5 + u * (1.0 / 3.0 + u * 0.25)))  # 1 - u would round the small u away
     exponential = jnp.where(u < 2.0**-6, series, -jnp.log(1.0 - u))
     return -jnp.log(exponential)

@@ -66,9 +66,23 @@ def test_default_configuration_lowers_for_hopper(head_dim, heads, page_size):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(mosaic.device_without_kernels() is not None, reason="needs a Hopper GPU")
-@pytest.mark.parametrize("heads", [(32, 8), (14, 2), (9, 3), (16, 1), (4, 4)])
-@pytest.mark.parametrize(("head_dim", "page_size"), [(64, 8), (64, 64), (128, 16), (128, 128), (256, 32)])
-@pytest.mark.parametrize("options", [{}, {"window": 300, "softcap": 20.0}, {"with_sinks": True}])
+@pytest.mark.parametrize(
+    (
+        "heads",
+        "head_dim",
+        "page_size",
+        "options",
+    ),  # every value meets most others; each case is a compilation
+    [
+        ((32, 8), 128, 128, {}),
+        ((14, 2), 64, 8, {"window": 300, "softcap": 20.0}),
+        ((9, 3), 64, 64, {"with_sinks": True}),
+        ((16, 1), 128, 16, {"window": 300, "softcap": 20.0}),
+        ((4, 4), 128, 16, {"with_sinks": True}),
+        ((16, 8), 256, 32, {}),
+        ((4, 1), 256, 64, {"window": 300, "softcap": 20.0}),
+    ],
+)
 def test_kernel_on_the_gpu_is_causal_attention(heads, head_dim, page_size, options):
     options = dict(options)
     rows = [(1, 0), (0, 0), (700, 0), (130, 900), (1, 500), (64, 64), (5, 63)]
