@@ -9,6 +9,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
+from jax.experimental.mosaic.gpu.utils import inline_ptx
 
 LOG2E = math.log2(math.e)
 MASKED = -1e30  # finite, so that the difference of two masked scores is not NaN
@@ -101,6 +102,17 @@ def store(ref, values) -> None:
         plgpu.store(ref, values, optimized=False)
     else:
         ref[...] = values
+
+
+def fence(interpret) -> None:
+    """Order this thread's accesses to device memory before and after it for the whole GPU."""
+    if interpret is None:  # the interpreter's memory is always in order
+
+        @plgpu.inline_mgpu()
+        def emit(_):
+            inline_ptx("fence.acq_rel.gpu;", has_side_effects=True)
+
+        emit()
 
 
 def zero_rows_outside(values, block: int, head_dim: int, first, stop) -> None:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from kernels_pallas import mosaic, reference, sample_kernel
+from kernels_pallas.row_parts import Cut
 from tests.kernels.interpreter import no_races
 
 ALL = 2**30
@@ -34,7 +35,7 @@ def test_interpreted_kernel_draws_what_the_reference_draws(lanes):
     operands = [x[np.array(lanes)] for x in rows(2.0, 1160)]
     params = plgpu.InterpretGPUParams(detect_races=True)
     with no_races():
-        got = sample_kernel._sample(*operands, 256, 3, params)
+        got = sample_kernel._sample(*operands, Cut(1160, 256, 3), params)
     assert np.asarray(got).tolist() == np.asarray(reference.sample(*operands)).tolist()
 
 
