@@ -2,8 +2,10 @@
 
 from kernels_pallas.ops import (
     Implementation,
+    LogProbabilities,
     copy_pages,
     gumbel_noise,
+    log_probabilities,
     paged_decode,
     ragged_prefill,
     sample,
@@ -12,8 +14,10 @@ from kernels_pallas.ops import (
 
 __all__ = [
     "Implementation",
+    "LogProbabilities",
     "copy_pages",
     "gumbel_noise",
+    "log_probabilities",
     "paged_decode",
     "ragged_prefill",
     "sample",

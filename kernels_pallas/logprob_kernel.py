@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from kernels_pallas import mosaic, row_parts
+from kernels_pallas import row_parts
+from kernels_pallas.reference import LogProbabilities
 from kernels_pallas.row_parts import NO_TOKEN, Cut, RowPart, merge_softmax
 
 MOST = 64  # tokens per row; more are better sorted
@@ -122,4 +123,4 @@ def _log_probabilities(logits, tokens, temperature, top_n, cut, interpret):
     values, ids, chosen, normaliser = row_parts.launch(
         body, cut, logits, operands, outputs, 2 + 2 * top_n, interpret
     )
-    return chosen, values[:, :top_n], ids[:, :top_n], normaliser
+    return LogProbabilities(chosen, values[:, :top_n], ids[:, :top_n], normaliser)

@@ -144,7 +144,9 @@ class RowPart:
         maximum, total = jnp.max(maxima), jnp.sum(sums)
 
         def sum_again():
-            add = lambda i, x, sums: sums + weight(x, maximum, factor)
+            def add(i, x, sums):
+                return sums + weight(x, maximum, factor)
+
             return jnp.sum(self.fold(add, self.full(0.0)))
 
         total = lax.cond(total < 1e30, lambda: total * weight(shift, maximum, factor), sum_again)

@@ -61,7 +61,9 @@ class _Sampler:
             return maximum, jnp.float32(0.0), score - maximum, token
 
         def noisy():
-            also = lambda i, x, shift, best: better(True, i, self.score(i, x, shift), best)
+            def also(i, x, shift, best):
+                return better(True, i, self.score(i, x, shift), best)
+
             maximum, total, shift, best = self.part.softmax(self.factor, also, self.nothing())
             score, token = self.winner(best)
             return maximum, total, score + (shift - maximum) * self.factor, token
