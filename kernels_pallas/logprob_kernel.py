@@ -63,8 +63,8 @@ def _collect(part: RowPart, best, tokens, top_n: int):
         best, tokens = state
         value = jnp.max(best)
         token = -jnp.max(jnp.where(best == value, -tokens, -NO_TOKEN))
-        part.report(0, 2 + j, value)
-        part.report(0, 2 + top_n + j, token.astype(jnp.float32))
+        part.report(2 + j, value)
+        part.report(2 + top_n + j, token.astype(jnp.float32))
         place, following, following_token = _next_of_place(part, value, token)
         here = part.places() == place
         return jnp.where(here, following, best), jnp.where(here, following_token, tokens)
@@ -78,8 +78,8 @@ def _merge(part: RowPart, top_n: int, put):
     def take(j, heads):
         value, token, source = jnp.float32(-jnp.inf), jnp.int32(NO_TOKEN + 1), jnp.int32(0)
         for p, head in enumerate(heads):
-            other = part.reported(0, p, 2 + head)
-            other_token = part.reported(0, p, 2 + top_n + head).astype(jnp.int32)
+            other = part.theirs[0, p, 2 + head]
+            other_token = part.theirs[0, p, 2 + top_n + head].astype(jnp.int32)
             wins = (other > value) | ((other == value) & (other_token < token))
             value, token = jnp.where(wins, other, value), jnp.where(wins, other_token, token)
             source = jnp.where(wins, p, source)

@@ -9,7 +9,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.mosaic.gpu.utils import inline_ptx
+from jax.experimental.mosaic.gpu.utils import inline_ptx, memref_ptr
 
 LOG2E = math.log2(math.e)
 MASKED = -1e30  # finite, so that the difference of two masked scores is not NaN
@@ -104,15 +104,40 @@ def store(ref, values) -> None:
         ref[...] = values
 
 
-def fence(interpret) -> None:
-    """Order this thread's accesses to device memory before and after it for the whole GPU."""
-    if interpret is None:  # the interpreter's memory is always in order
+_SEND_WORD = """{{
+    .reg .pred p;
+    .reg .b32 i, word, block, rank, source, target, value;
+    mov.u32 i, %tid.x;
+    add.u32 i, i, {first};
+    setp.lt.u32 p, i, {total};
+    rem.u32 word, i, {words};
+    div.u32 block, i, {words};
+    mov.u32 rank, %cluster_ctarank;
+    mad.lo.u32 source, word, 4, $0;
+    mad.lo.u32 target, rank, {words}, word;
+    mad.lo.u32 target, target, 4, $1;
+    @p ld.shared.b32 value, [source];
+    @p mapa.shared::cluster.u32 target, target, block;
+    @p st.shared::cluster.b32 [target], value;
+}}"""
 
-        @plgpu.inline_mgpu()
-        def emit(_):
-            inline_ptx("fence.acq_rel.gpu;", has_side_effects=True)
 
-        emit()
+def gather_cluster(mine, theirs, blocks: int, words: int) -> None:
+    """Copy the 32-bit `mine` [words] of each block of the cluster to `theirs` [blocks, words] of all of them.
+
+    Both are shared memory. Every block of one warpgroup comes here; the interpreter cannot.
+    """
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType()))
+    def send(_, source, target):
+        pointers = memref_ptr(source), memref_ptr(target)
+        for first in range(0, blocks * words, 128):
+            code = _SEND_WORD.format(first=first, total=blocks * words, words=words)
+            inline_ptx(code, *pointers, has_side_effects=True)
+        wait = "barrier.cluster.arrive.release; barrier.cluster.wait.acquire;"
+        inline_ptx(wait, has_side_effects=True, convergent=True)
+
+    send(mine, theirs)
 
 
 def zero_rows_outside(values, block: int, head_dim: int, first, stop) -> None:

@@ -60,10 +60,10 @@ class Cut:
 class RowPart:
     """A block's part of the logits of its lane, and passes over it."""
 
-    def __init__(self, cut: Cut, logits_ref, exchange_ref, smem, arrived, met, interpret):
-        self.cut, self.chunk, self.parts, self.interpret = cut, cut.chunk, cut.parts, interpret
-        self.logits_ref, self.exchange_ref = logits_ref, exchange_ref
-        self.smem, self.arrived, self.met = smem, arrived, met
+    def __init__(self, cut: Cut, logits_ref, smem, mine, theirs, arrived, *interpreted):
+        self.cut, self.chunk, self.parts = cut, cut.chunk, cut.parts
+        self.logits_ref, self.smem, self.arrived = logits_ref, smem, arrived
+        self.mine, self.theirs, self.interpreted = mine, theirs, interpreted
         self.lane, self.part = lax.axis_index("lane"), lax.axis_index("part")
         first_trip = lax.div(self.part * cut.trips, jnp.int32(cut.parts))
         self.trips = lax.div((self.part + 1) * cut.trips, jnp.int32(cut.parts)) - first_trip
@@ -152,26 +152,31 @@ class RowPart:
         total = lax.cond(total < 1e30, lambda: total * weight(shift, maximum, factor), sum_again)
         return maximum, total, shift, state
 
-    def report(self, turn, i, value):
-        """Put a float32 scalar where the other parts read it after the `meet` of this turn."""
-        self.exchange_ref[self.lane, lax.rem(jnp.int32(turn), jnp.int32(2)), self.part, i] = value
+    def report(self, i, value):
+        """Put a float32 scalar where all parts of the row read it after they `meet`."""
+        self.mine[i] = value
 
-    def meet(self):
-        """Wait until all parts of the row have come here, and see what they reported."""
-        mosaic.fence(self.interpret)
-        plgpu.barrier_arrive(self.met)
-        plgpu.barrier_wait(self.met)
-        mosaic.fence(self.interpret)
-
-    def reported(self, turn, part, i):
-        return self.exchange_ref[self.lane, lax.rem(jnp.int32(turn), jnp.int32(2)), part, i]
+    def meet(self, turn):
+        """Wait until all parts of the row have come here, and bring what they reported. Turns alternate."""
+        theirs = self.theirs.at[turn]
+        if not self.interpreted:
+            mosaic.gather_cluster(self.mine, theirs, *theirs.shape)
+            return
+        exchange, met = self.interpreted
+        for i in range(self.mine.shape[0]):
+            exchange[self.lane, turn, self.part, i] = self.mine[i]
+        plgpu.barrier_arrive(met)
+        plgpu.barrier_wait(met)
+        for part in range(self.parts):
+            for i in range(self.mine.shape[0]):
+                theirs[part, i] = exchange[self.lane, turn, part, i]
 
     def exchange(self, turn, values: Sequence) -> list[list]:
-        """The scalars of every part of the row, as float32; turns count from 0."""
+        """The scalars of every part of the row, as float32; turns are 0 and 1 alternately."""
         for i, value in enumerate(values):
-            self.report(turn, i, value.astype(jnp.float32))
-        self.meet()
-        return [[self.reported(turn, p, i) for i in range(len(values))] for p in range(self.parts)]
+            self.report(i, value.astype(jnp.float32))
+        self.meet(turn)
+        return [[self.theirs[turn, p, i] for i in range(len(values))] for p in range(self.parts)]
 
 
 def weight(x, maximum, factor):
@@ -193,28 +198,37 @@ def launch(body: Callable, cut: Cut, logits, operands, outputs, report_size: int
     outputs: their (shape, dtype); report_size: the float32 scalars of an exchange.
     """
 
+    share = math.ceil(cut.trips / cut.parts)
+    results = [mosaic.out_like(*output, logits, *operands) for output in outputs]
+    scratch = [
+        plgpu.SMEM((share, cut.chunk), jnp.float32),
+        plgpu.SMEM((report_size,), jnp.float32),
+        plgpu.SMEM((2, cut.parts, report_size), jnp.float32),
+        plgpu.Barrier(num_barriers=share),
+    ]
+    if interpret is not None:  # it has no shared memory of clusters
+        exchange = (logits.shape[0], 2, cut.parts, report_size)
+        results.append(jax.ShapeDtypeStruct(exchange, jnp.float32))
+        scratch.append(plgpu.ClusterBarrier(collective_axes=("part",), num_barriers=1))
+
     def kernel(logits_ref, *refs):
         count = len(operands) + len(outputs)
-        part = RowPart(cut, logits_ref, *refs[count:], interpret)
+        *exchange, smem, mine, theirs, arrived = refs[count : len(operands) + len(results) + 4]
+        met = refs[len(operands) + len(results) + 4 :]
+        part = RowPart(cut, logits_ref, smem, mine, theirs, arrived, *exchange, *met)
         part.fetch()
         body(part, *refs[:count])
 
-    shapes = [*outputs, ((logits.shape[0], 2, cut.parts, report_size), jnp.float32)]
-    share = math.ceil(cut.trips / cut.parts)
     return plgpu.kernel(
         kernel,
-        out_type=tuple(mosaic.out_like(*shape, logits, *operands) for shape in shapes),
+        out_type=tuple(results),
         grid=(logits.shape[0],),
         grid_names=("lane",),
         cluster=(cut.parts,),
         cluster_names=("part",),
         num_threads=1,
         thread_name="thread",
-        scratch_types=[
-            plgpu.SMEM((share, cut.chunk), jnp.float32),
-            plgpu.Barrier(num_barriers=share),
-            plgpu.ClusterBarrier(collective_axes=("part",), num_barriers=1),
-        ],
+        scratch_types=scratch,
         compiler_params=plgpu.CompilerParams(approx_math=True),
         interpret=interpret,
-    )(logits, *operands)[:-1]
+    )(logits, *operands)[: len(outputs)]

@@ -130,22 +130,20 @@ def _draw(part: RowPart, keys, options, limits, out_ref):
     )
     bad = maximum != maximum
 
-    def kept(candidate, turn):
-        reports = part.exchange(turn, row.weigh(candidate, maximum))
+    def kept(candidate):
+        reports = part.exchange(1, row.weigh(candidate, maximum))
         count, mass = (sum(report[i] for report in reports) for i in range(2))
         likely = weight(candidate[1], maximum, row.factor) >= row.min_p
         within = (count < row.top_k.astype(jnp.float32)) & (mass <= total * row.top_p) & likely
         return within | (count == 0.0)  # the first token is always kept
 
     def draw_again(state):
-        turn, candidate, _ = state
-        candidate = merge_winners(part.exchange(turn, row.draw(candidate, maximum)))
-        return turn + 2, candidate, kept(candidate, turn + 1)
+        candidate = merge_winners(part.exchange(0, row.draw(state[0], maximum)))
+        return candidate, kept(candidate)
 
     done = (row.keeps_all != 0) | bad
-    done = lax.cond(done, lambda: jnp.bool_(True), lambda: kept(candidate, 1))
-    state = (jnp.int32(2), candidate, done)
-    _, (token, _), _ = lax.while_loop(lambda state: ~state[2], draw_again, state)
+    done = lax.cond(done, lambda: jnp.bool_(True), lambda: kept(candidate))
+    (token, _), _ = lax.while_loop(lambda state: ~state[1], draw_again, (candidate, done))
 
     @pl.when(part.part == 0)
     def _store():
