@@ -28,12 +28,12 @@ def sample(logits, temperature, top_k, top_p, min_p, seeds, positions):
 class _Sampler:
     """The options of a row, and the passes over one part of it that draw its token."""
 
-    def __init__(self, part: RowPart, keys, options, limits):
-        lane = part.lane
+    def __init__(self, part: RowPart, options):
         self.part = part
-        self.keys = keys[0, lane], keys[1, lane]
-        self.factor, self.top_p, self.min_p = (options[i, lane] for i in range(3))
-        self.top_k, self.greedy, self.keeps_all = (limits[i, lane] for i in range(3))
+        values = [options[i, part.lane] for i in range(options.shape[0])]
+        self.factor, self.top_k, self.top_p, self.min_p, self.greedy, self.keeps_all, *halves = values
+        halves = [half.astype(jnp.int32).astype(jnp.uint32) for half in halves]
+        self.keys = halves[0] * 2**16 + halves[1], halves[2] * 2**16 + halves[3]
 
     def score(self, i, x, shift):
         """Noisy logits over temperature; the shift, a logit near the maximum, leaves room for the noise."""
@@ -121,8 +121,8 @@ def merge_winners(reports):
     return jnp.where(token == NO_TOKEN, 0, token), value  # nothing but -inf: any token will do
 
 
-def _draw(part: RowPart, keys, options, limits, out_ref):
-    row = _Sampler(part, keys, options, limits)
+def _draw(part: RowPart, options, out_ref):
+    row = _Sampler(part, options)
     reports = part.exchange(0, row.scan())
     maximum, total = merge_softmax([report[:2] for report in reports], row.factor)
     candidate = merge_winners(
@@ -134,7 +134,7 @@ def _draw(part: RowPart, keys, options, limits, out_ref):
         reports = part.exchange(1, row.weigh(candidate, maximum))
         count, mass = (sum(report[i] for report in reports) for i in range(2))
         likely = weight(candidate[1], maximum, row.factor) >= row.min_p
-        within = (count < row.top_k.astype(jnp.float32)) & (mass <= total * row.top_p) & likely
+        within = (count < row.top_k) & (mass <= total * row.top_p) & likely
         return within | (count == 0.0)  # the first token is always kept
 
     def draw_again(state):
@@ -156,9 +156,9 @@ def _sample(logits, temperature, top_k, top_p, min_p, seeds, positions, cut, int
     greedy = temperature <= 0.0
     keeps_all = greedy | ((top_k >= vocab_size) & (top_p >= 1.0) & (min_p <= 0.0))
     factor = jnp.where(greedy, 1.0, 1.0 / jnp.where(greedy, 1.0, temperature))
-    operands = (
-        jnp.stack(reference.row_keys(seeds, positions)),
-        jnp.stack([factor, jnp.where(top_p < 1.0, top_p, jnp.inf), min_p]).astype(jnp.float32),
-        jnp.stack([top_k, greedy, keeps_all]).astype(jnp.int32),
-    )
+    halves = [half for key in reference.row_keys(seeds, positions) for half in (key >> 16, key & 0xFFFF)]
+    top_p = jnp.where(top_p < 1.0, top_p, jnp.inf)
+    # One array, in one type that holds all of it, costs one kernel to make.
+    options = [factor, jnp.minimum(top_k, NO_TOKEN), top_p, min_p, greedy, keeps_all, *halves]
+    operands = (jnp.stack([option.astype(jnp.float32) for option in options]),)
     return row_parts.launch(_draw, cut, logits, operands, [((num_lanes,), jnp.int32)], 5, interpret)[0]
