@@ -2,8 +2,10 @@
 
 from kernels_pallas.ops import (
     Implementation,
+    LogProbabilities,
     copy_pages,
     gumbel_noise,
+    log_probabilities,
     paged_decode,
     paged_decode_update,
     ragged_prefill,
@@ -13,8 +15,10 @@ from kernels_pallas.ops import (
 
 __all__ = [
     "Implementation",
+    "LogProbabilities",
     "copy_pages",
     "gumbel_noise",
+    "log_probabilities",
     "paged_decode",
     "paged_decode_update",
     "ragged_prefill",

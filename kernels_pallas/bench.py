@@ -8,6 +8,7 @@ with everything is printed last.
 
 import argparse
 import functools
+import itertools
 import json
 import statistics
 import time
@@ -18,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kernels_pallas import paged_decode, ragged_prefill, sample
+from kernels_pallas import log_probabilities, paged_decode, ragged_prefill, sample
 
 L2_BYTES = 64 << 20
 
@@ -286,10 +287,43 @@ def bench_sample(repeats: int, rates: dict) -> list[dict]:
     return rows
 
 
+def bench_logprobs(repeats: int, rates: dict) -> list[dict]:
+    """Beside the kernel, the reference by XLA; the floor is one read of the logits."""
+    lanes, vocab_size = 256, 151_936
+    logits = 3.0 * jax.random.normal(jax.random.key(0), (lanes, vocab_size), jnp.float32)
+    tokens = jnp.arange(lanes, dtype=jnp.int32)
+    rows = []
+    for top_n, (op, implementation) in itertools.product(
+        (5, 20), (("log_probabilities", None), ("the same by XLA", "reference"))
+    ):
+
+        def chain(tokens, logits, top_n=top_n, implementation=implementation):
+            for _ in range(4):
+                found = log_probabilities(
+                    logits, tokens, jnp.ones(lanes), top_n, implementation=implementation
+                )
+                tokens = found.top_ids[:, 0]
+            return tokens
+
+        seconds = seconds_per_call(chain, (tokens, logits), 4, repeats)
+        floor = lanes * vocab_size * 4 / rates["read_bytes_per_s"]
+        rows.append(
+            {
+                "op": op,
+                "case": f"top {top_n}, {lanes} x {vocab_size}",
+                "us": seconds * 1e6,
+                "floor_us": floor * 1e6,
+                "of_floor": floor / seconds,
+            }
+        )
+    return rows
+
+
 BENCHES: dict[str, Callable[[int, dict], list[dict]]] = {
     "decode": bench_decode,
     "prefill": bench_prefill,
     "sample": bench_sample,
+    "logprobs": bench_logprobs,
 }
 
 

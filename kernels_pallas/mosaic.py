@@ -11,6 +11,7 @@ from jax import lax
 from jax._src.lib.mlir.dialects import llvm  # the one dialect here that jax.extend does not export
 from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.mosaic.gpu.utils import inline_ptx, memref_ptr
 from jax.extend.mlir import ir
 from jax.extend.mlir.dialects import arith, memref
 
@@ -126,6 +127,42 @@ def store(ref, values) -> None:
         plgpu.store(ref, values, optimized=False)
     else:
         ref[...] = values
+
+
+_SEND_WORD = """{{
+    .reg .pred p;
+    .reg .b32 i, word, block, rank, source, target, value;
+    mov.u32 i, %tid.x;
+    add.u32 i, i, {first};
+    setp.lt.u32 p, i, {total};
+    rem.u32 word, i, {words};
+    div.u32 block, i, {words};
+    mov.u32 rank, %cluster_ctarank;
+    mad.lo.u32 source, word, 4, $0;
+    mad.lo.u32 target, rank, {words}, word;
+    mad.lo.u32 target, target, 4, $1;
+    @p ld.shared.b32 value, [source];
+    @p mapa.shared::cluster.u32 target, target, block;
+    @p st.shared::cluster.b32 [target], value;
+}}"""
+
+
+def gather_cluster(mine, theirs, blocks: int, words: int) -> None:
+    """Copy the 32-bit `mine` [words] of each block of the cluster to `theirs` [blocks, words] of all of them.
+
+    Both are shared memory. Every block of one warpgroup comes here; the interpreter cannot.
+    """
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType()))
+    def send(_, source, target):
+        pointers = memref_ptr(source), memref_ptr(target)
+        for first in range(0, blocks * words, 128):
+            code = _SEND_WORD.format(first=first, total=blocks * words, words=words)
+            inline_ptx(code, *pointers, has_side_effects=True)
+        wait = "barrier.cluster.arrive.release; barrier.cluster.wait.acquire;"
+        inline_ptx(wait, has_side_effects=True, convergent=True)
+
+    send(mine, theirs)
 
 
 def zero_rows_outside(values, block: int, head_dim: int, first, stop) -> None:

@@ -11,8 +11,17 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas import decode_config, decode_kernel, mosaic, prefill_kernel, reference, sample_kernel
+from kernels_pallas import (
+    decode_config,
+    decode_kernel,
+    logprob_kernel,
+    mosaic,
+    prefill_kernel,
+    reference,
+    sample_kernel,
+)
 from kernels_pallas.checks import check_attention, check_pages, check_update
+from kernels_pallas.reference import LogProbabilities
 
 Implementation = Literal["reference", "mosaic"]
 
@@ -310,6 +319,45 @@ def sample(
     top_k = jnp.maximum(top_k, 1)
     top_p, min_p = jnp.clip(top_p, 0.0, 1.0), jnp.clip(min_p, 0.0, 1.0)
     return draw(logits, temperature, top_k, top_p, min_p, seeds, positions)
+
+
+def log_probabilities(
+    logits: jax.Array,
+    tokens: jax.Array,
+    temperature: jax.Array,
+    top_n: int,
+    *,
+    implementation: Implementation | None = None,
+) -> LogProbabilities:
+    """Natural log-probabilities of a given token and of the `top_n` likeliest, per lane; no sort of the row.
+
+    They are of the softmax of logits / temperature, untruncated.
+
+    Args:
+        logits: [B, V] float32.
+        tokens: [B] int32 in [0, V); a negative one counts as 0.
+        temperature: [B] float32; 0 takes the logits as they are.
+        top_n: 0 to V; the kernel takes up to 64.
+        implementation: as in `paged_decode`.
+
+    Returns:
+        LogProbabilities: chosen [B], top_values and top_ids [B, top_n] (largest first, ties by the lowest id),
+        and the normaliser [B], for further tokens: logit / temperature - normaliser. Rows that hold a NaN give
+        NaN and any ids.
+
+    Raises:
+        ValueError: shapes that do not fit together, or a forced implementation that cannot run.
+    """
+    if logits.ndim != 2:
+        raise ValueError(f"logits must be [B, V], got {logits.shape}")
+    for name, option in {"tokens": tokens, "temperature": temperature}.items():
+        if option.shape != logits.shape[:1]:
+            raise ValueError(f"{name} must be [B] = {logits.shape[:1]}, got {option.shape}")
+    if not 0 <= top_n <= logits.shape[1]:
+        raise ValueError(f"top_n must be in 0 to V = {logits.shape[1]}, got {top_n}")
+    kernel = _runs_kernel("log_probabilities", implementation, logprob_kernel.unsupported(logits, top_n))
+    compute = logprob_kernel.log_probabilities if kernel else reference.log_probabilities
+    return compute(logits, tokens, temperature, top_n)
 
 
 def gumbel_noise(seeds: jax.Array, positions: jax.Array, vocab_size: int) -> jax.Array:

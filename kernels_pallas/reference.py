@@ -6,6 +6,8 @@ kv heads. Axes: B lanes, T packed tokens, R rows, P pages, MP pages of a row, S 
 K kv heads, G = N // K, H head dim, V vocabulary.
 """
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -281,15 +283,15 @@ def mix32(x: jax.Array) -> jax.Array:
 
 def hash_tokens(first: jax.Array, second: jax.Array, tokens: jax.Array) -> jax.Array:
     """32 random bits of a (lane, token id); all uint32, broadcast together."""
-    x = (tokens * jnp.uint32(0x9E3779B1)) ^ first
-    x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
+    x = tokens * jnp.uint32(0x9E3779B1)
+    x = (x ^ (x >> 16) ^ (first ^ (first >> 16))) * jnp.uint32(0x85EBCA6B)
     x = (x ^ (x >> 13) ^ second) * jnp.uint32(0xC2B2AE35)
     return x ^ (x >> 16)
 
 
 def gumbel_from_bits(bits: jax.Array) -> jax.Array:
     """-log(-log(1 - u)), u = (bits + 1/2) / 2**32: finest where u is small, which are the winning draws."""
-    u = jnp.minimum((bits.astype(jnp.float32) + 0.5) * 2.0**-32, 1.0 - 2.0**-24)
+    u = jnp.minimum(bits.astype(jnp.float32) * 2.0**-32 + 2.0**-33, 1.0 - 2.0**-24)
     series = u * (1.0 + u * (0.5 + u * (1.0 / 3.0 + u * 0.25)))  # 1 - u would round the small u away
     exponential = jnp.where(u < 2.0**-6, series, -jnp.log(1.0 - u))
     return -jnp.log(exponential)
@@ -352,3 +354,25 @@ def _first_argmax(x: jax.Array) -> jax.Array:
     x = lax.optimization_barrier(x)  # both passes must see the same rounding of x
     index = lax.broadcasted_iota(jnp.int32, x.shape, 1)
     return jnp.where(x == x.max(axis=-1, keepdims=True), index, x.shape[1]).min(axis=-1)
+
+
+class LogProbabilities(NamedTuple):
+    """Natural log-probabilities of B rows: the chosen token's, and those of the n likeliest tokens."""
+
+    chosen: jax.Array  # [B] float32
+    top_values: jax.Array  # [B, n] float32, largest first; ties by the lowest id
+    top_ids: jax.Array  # [B, n] int32
+    normaliser: jax.Array  # [B] float32: a token's is its logit / temperature minus this
+
+
+def log_probabilities(
+    logits: jax.Array, tokens: jax.Array, temperature: jax.Array, top_n: int
+) -> LogProbabilities:
+    """Log-probabilities of given and of the likeliest tokens. See `kernels_pallas.log_probabilities`."""
+    scaled = logits / jnp.where(temperature > 0.0, temperature, 1.0)[:, None]
+    normaliser = jax.nn.logsumexp(scaled, axis=-1, keepdims=True)  # [B, 1]
+    values, ids = lax.top_k(scaled, top_n)
+    chosen = jnp.take_along_axis(scaled, jnp.maximum(tokens, 0)[:, None], axis=-1)
+    return LogProbabilities(
+        (chosen - normaliser)[:, 0], values - normaliser, ids.astype(jnp.int32), normaliser[:, 0]
+    )

@@ -1,154 +1,183 @@
-"""Sampling kernel for Hopper: one block of threads per lane, no sort, as few passes as the draw needs.
+"""The sampling kernel for Hopper: one read of the logits, no sort.
 
-The algorithm is the one of `reference.sample`: the first pass finds the noisy maximum of all tokens and the
-softmax denominator; each further pass counts the tokens before the candidate and finds their noisy maximum,
-until the candidate is kept. Greedy lanes and lanes without truncation are done after the first pass. The
-logits stream from global memory into registers. A lane has a single warpgroup: Mosaic's reductions of whole
-arrays go through one scratch buffer that the warpgroups of a block would share.
+The algorithm is the one of `reference.sample`, over rows held in shared memory (see `row_parts`). The first
+pass finds maximum, softmax denominator and the noisy maximum of all tokens. Rows that truncate then count the
+tokens before that candidate and their mass, and draw again among them while it is not kept. Greedy rows draw
+no noise.
 """
 
 import functools
 
 import jax
-import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from kernels_pallas import mosaic, reference
-from kernels_pallas.mosaic import LOG2E
+from kernels_pallas import mosaic, reference, row_parts
+from kernels_pallas.row_parts import LOWEST, NO_TOKEN, Cut, RowPart, merge_softmax, weight
 
-LOWEST = -3.0e38  # below every finite logit that matters, and finite
-INT_MAX = 2**31 - 1
-CHUNK = 2048  # tokens in registers at once
+MOST_DROPS = 32  # so many places at most are looked at for a `floor`
 
-
-def unsupported(logits: jax.Array) -> str | None:
-    """Why the kernel cannot take these logits; None if it can."""
-    if logits.dtype != jnp.float32:
-        return f"logits are {logits.dtype}, not float32"
-    if logits.shape[1] % 8 or logits.shape[1] < CHUNK:
-        return f"the vocabulary of {logits.shape[1]} is not a multiple of 8 of at least {CHUNK}"
-    return None
+unsupported = row_parts.unsupported
 
 
 def sample(logits, temperature, top_k, top_p, min_p, seeds, positions):
     """`kernels_pallas.sample` by the kernel; logits that `unsupported` accepts."""
-    return _sample(logits, temperature, top_k, top_p, min_p, seeds, positions, CHUNK, None)
+    operands = (logits, temperature, top_k, top_p, min_p, seeds, positions)
+    return _sample(*operands, Cut(logits.shape[1]), None)
 
 
-@functools.partial(jax.jit, static_argnames=("chunk", "interpret"))
-def _sample(logits, temperature, top_k, top_p, min_p, seeds, positions, chunk, interpret):
+class _Sampler:
+    """The options of a row, and the passes over one part of it that draw its token."""
+
+    def __init__(self, part: RowPart, options):
+        self.part = part
+        values = [options[i, part.lane] for i in range(options.shape[0])]
+        self.factor, self.top_k, self.top_p, self.min_p, self.greedy, self.keeps_all, *halves = values
+        halves = [half.astype(jnp.int32).astype(jnp.uint32) for half in halves]
+        self.keys = halves[0] * 2**16 + halves[1], halves[2] * 2**16 + halves[3]
+
+    def score(self, i, x, shift):
+        """Noisy logits over temperature; the shift, a logit near the maximum, leaves room for the noise."""
+        bits = reference.hash_tokens(*self.keys, self.part.tokens(i).astype(jnp.uint32))
+        return (x - shift) * self.factor + reference.gumbel_from_bits(bits)
+
+    def nothing(self):
+        """The state of `better` before any token."""
+        return self.part.full(LOWEST), self.part.full(0, jnp.int32)
+
+    def scan(self):
+        """Maximum, softmax denominator, `floor`, and the `winner` among all tokens with its logit, scalars.
+
+        Scores are relative to the maximum of the part.
+        """
+
+        def greedy():
+            def step(i, x, state):
+                maxima, best = state
+                return jnp.maximum(maxima, x), better(True, i, x, best)  # NaN if any is
+
+            state = (self.part.full(LOWEST), self.nothing())
+            maxima, best = self.part.fold(step, state, first_pass=True)
+            maximum, (score, token) = jnp.max(maxima), self.winner(best)
+            return maximum, jnp.float32(0.0), maximum, score - maximum, token
+
+        def noisy():
+            def also(i, x, shift, best):
+                return better(True, i, self.score(i, x, shift), best)
+
+            maxima, total, shift, best = self.part.softmax(self.factor, also, self.nothing())
+            maximum, (score, token) = jnp.max(maxima), self.winner(best)
+            score += (shift - maximum) * self.factor
+            return maximum, total, self.floor(maxima), score, token
+
+        scanned = lax.cond(self.greedy != 0, greedy, noisy)
+        return *scanned, self.part.value(scanned[-1])
+
+    def floor(self, maxima):
+        """A logit that this part's share of the top_k largest reaches, of the places' maxima; scalar."""
+
+        def drop_largest(_, left):
+            return jnp.where(left == jnp.max(left), LOWEST, left)
+
+        share = mosaic.ceil_div(self.top_k.astype(jnp.int32), self.part.parts)
+        sought = share <= MOST_DROPS
+        drops = jnp.where(sought, share - 1, 0)
+        return jnp.where(sought, jnp.max(lax.fori_loop(0, drops, drop_largest, maxima)), LOWEST)
+
+    def before(self, i, x, candidate):
+        token, value = candidate
+        return (x > value) | ((x == value) & (self.part.tokens(i) < token))
+
+    def likely(self, x, maximum, floor):
+        """Whether min_p keeps the logits and top_k may."""
+        return (weight(x, maximum, self.factor) >= self.min_p) & (x >= floor)
+
+    def weigh(self, candidate, maximum):
+        """Count and mass of the tokens before the candidate, scalars float32."""
+
+        def step(i, x, state):
+            count, mass = state
+            before = jnp.where(self.before(i, x, candidate), self.part.full(1.0), self.part.full(0.0))
+            return count + before, mass + before * weight(x, maximum, self.factor)
+
+        counts, masses = self.part.fold(step, (self.part.full(0.0), self.part.full(0.0)))
+        return jnp.sum(counts), jnp.sum(masses)
+
+    def draw(self, candidate, maximum, floor):
+        """Score, token and logit of the `winner` among the likely tokens before the candidate, scalars."""
+
+        def step(i, x, best):
+            among = self.before(i, x, candidate) & self.likely(x, maximum, floor)
+            return better(among, i, self.score(i, x, maximum), best)
+
+        score, token = self.winner(self.part.fold(step, self.nothing()))
+        return score, token, self.part.value(token)
+
+    def winner(self, state):
+        """Largest score and its lowest token id (NO_TOKEN: none), scalars."""
+        best, trips = state
+        top = jnp.max(best)
+        token = -jnp.max(jnp.where(best == top, -self.part.tokens(trips), -NO_TOKEN))
+        return top, jnp.where(top > LOWEST, token, NO_TOKEN)
+
+
+def better(among, trip, scores, state):
+    """Best score of each place of a chunk and the trip it is from; ids rise: ties keep the lowest."""
+    best, trips = state
+    wins = scores > best if among is True else among & (scores > best)
+    return jnp.where(wins, scores, best), jnp.where(wins, trip, trips)
+
+
+def merge_winners(reports):
+    """(token int32, value) of the largest of the (score, token, value) reports, the lowest id among equals."""
+    score, token, value = reports[0]
+    for other_score, other_token, other_value in reports[1:]:
+        wins = (other_score > score) | ((other_score == score) & (other_token < token))
+        score, token = jnp.where(wins, other_score, score), jnp.where(wins, other_token, token)
+        value = jnp.where(wins, other_value, value)
+    token = token.astype(jnp.int32)
+    return jnp.where(token == NO_TOKEN, 0, token), value  # nothing but -inf: any token will do
+
+
+def _draw(part: RowPart, options, out_ref):
+    row = _Sampler(part, options)
+    reports = part.exchange(0, row.scan())
+    maximum, total = merge_softmax([report[:2] for report in reports], row.factor)
+    floor = functools.reduce(jnp.minimum, [report[2] for report in reports])
+    candidate = merge_winners(
+        [(score + (top - maximum) * row.factor, *winner) for top, _, _, score, *winner in reports]
+    )
+    bad = maximum != maximum
+
+    def kept(candidate):
+        reports = part.exchange(1, row.weigh(candidate, maximum))
+        count, mass = (sum(report[i] for report in reports) for i in range(2))
+        within = (count < row.top_k) & (mass <= total * row.top_p)
+        return within | (count == 0.0)  # the first token is always kept
+
+    def draw_again(state):
+        candidate = merge_winners(part.exchange(2, row.draw(state[0], maximum, floor)))
+        return candidate, kept(candidate)
+
+    checked = row.likely(candidate[1], maximum, floor) & (row.keeps_all == 0)
+    done = lax.cond(checked & ~bad, lambda: kept(candidate), lambda: (row.keeps_all != 0) | bad)
+    (token, _), _ = lax.while_loop(lambda state: ~state[1], draw_again, (candidate, done))
+
+    @pl.when(part.part == 0)
+    def _store():
+        out_ref[part.lane] = jnp.where(bad, -1, token)
+
+
+@functools.partial(jax.jit, static_argnames=("cut", "interpret"))
+def _sample(logits, temperature, top_k, top_p, min_p, seeds, positions, cut, interpret):
     num_lanes, vocab_size = logits.shape
-    trips = -(-vocab_size // chunk)  # the last one overlaps its predecessor
-    first_key, second_key = reference.row_keys(seeds, positions)
     greedy = temperature <= 0.0
-    inverse = jnp.where(greedy, 1.0, 1.0 / jnp.where(greedy, 1.0, temperature)).astype(jnp.float32)
-    all_tokens = greedy | ((top_k >= vocab_size) & (top_p >= 1.0) & (min_p <= 0.0))
+    keeps_all = greedy | ((top_k >= vocab_size) & (top_p >= 1.0) & (min_p <= 0.0))
+    factor = jnp.where(greedy, 1.0, 1.0 / jnp.where(greedy, 1.0, temperature))
+    halves = [half for key in reference.row_keys(seeds, positions) for half in (key >> 16, key & 0xFFFF)]
     top_p = jnp.where(top_p < 1.0, top_p, jnp.inf)
-    layout = plgpu.Layout.WG_STRIDED((chunk,), vec_size=4)
-
-    def kernel(
-        logits_ref, keys_ref, inverse_ref, noisiness_ref, all_ref, top_k_ref, top_p_ref, min_p_ref, *refs
-    ):
-        out_ref, out_smem = refs
-        lane = lax.axis_index("lane")
-        first, second = keys_ref[0, lane], keys_ref[1, lane]
-        factor, noisiness = inverse_ref[lane], noisiness_ref[lane]
-
-        def full(value, dtype):
-            return plgpu.layout_cast(jnp.full((chunk,), value, dtype), layout)
-
-        def load(trip):
-            """Logits and token ids [chunk] of a trip, and which of them no earlier trip has seen."""
-            begin = trip * chunk
-            start = lax.min(begin, jnp.int32(vocab_size - chunk))
-            x = plgpu.load(logits_ref.at[lane, pl.ds(start, chunk)], layout=layout, optimized=False)
-            token = start + plgpu.broadcasted_iota(jnp.int32, (chunk,), 0, layout=layout)
-            return x, token, token >= begin
-
-        def score(x, token):
-            bits = reference.hash_tokens(first, second, token.astype(jnp.uint32))
-            return x * factor + reference.gumbel_from_bits(bits) * noisiness
-
-        def better(among, scores, token, state):
-            best, best_token = state
-            wins = among & (scores > best)  # ids rise, so ties keep the lowest
-            return jnp.where(wins, scores, best), jnp.where(wins, token, best_token)
-
-        def winner(state):
-            """Lowest token id of the largest score."""
-            best, best_token = state
-            return -jnp.max(jnp.where(best == jnp.max(best), -best_token, -INT_MAX))
-
-        def nothing():
-            return full(LOWEST, jnp.float32), full(INT_MAX, jnp.int32)
-
-        def first_pass(trip, state):
-            maximum, denominator, best = state
-            x, token, fresh = load(trip)
-            new_maximum = jnp.maximum(maximum, jnp.where(fresh, x, LOWEST))
-            decay = jnp.exp2((maximum - new_maximum) * (factor * LOG2E))
-            weight = jnp.exp2((x - new_maximum) * (factor * LOG2E))
-            denominator = denominator * decay + jnp.where(fresh, weight, 0.0)
-            return new_maximum, denominator, better(fresh, score(x, token), token, best)
-
-        state = (full(LOWEST, jnp.float32), full(0.0, jnp.float32), nothing())
-        maxima, denominators, best = lax.fori_loop(0, trips, first_pass, state)
-        maximum = jnp.max(maxima)
-        total = jnp.sum(denominators * jnp.exp2((maxima - maximum) * (factor * LOG2E)))
-        bad = total != total  # a NaN among the logits
-        # A row of nothing but -inf or NaN has no winner; token 0 keeps the address below in range.
-        token = winner(best)
-        token = jnp.where(token == INT_MAX, 0, token)
-        budget = total * top_p_ref[lane]
-        limit, least = top_k_ref[lane], min_p_ref[lane]
-
-        def check(state):
-            token, _ = state
-            candidate = logits_ref[lane, token]
-
-            def count_before(trip, state):
-                count, mass, best = state
-                x, ids, fresh = load(trip)
-                before = fresh & ((x > candidate) | ((x == candidate) & (ids < token)))
-                weight = jnp.exp2((x - maximum) * (factor * LOG2E))
-                count += before.astype(jnp.int32)
-                mass += jnp.where(before, weight, 0.0)
-                return count, mass, better(before, score(x, ids), ids, best)
-
-            state = (full(0, jnp.int32), full(0.0, jnp.float32), nothing())
-            counts, masses, best = lax.fori_loop(0, trips, count_before, state)
-            count, mass = jnp.sum(counts), jnp.sum(masses)
-            weight = jnp.exp2((candidate - maximum) * (factor * LOG2E))
-            kept = ((count < limit) & (mass <= budget) & (weight >= least)) | (count == 0)
-            return jnp.where(kept, token, winner(best)), kept
-
-        done = (all_ref[lane] != 0) | bad
-        token, _ = lax.while_loop(lambda state: ~state[1], check, (token, done))
-        out_smem[...] = jnp.full((128,), jnp.where(bad, -1, token), jnp.int32)
-        plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(out_smem, out_ref.at[lane])
-        plgpu.wait_smem_to_gmem(0)
-
-    keys = jnp.stack([first_key, second_key])
-    operands = (
-        logits,
-        keys,
-        inverse,
-        jnp.where(greedy, 0.0, 1.0).astype(jnp.float32),  # greedy scores carry no noise
-        all_tokens.astype(jnp.int32),
-        top_k,
-        top_p.astype(jnp.float32),
-        min_p,
-    )
-    launch = plgpu.kernel(
-        kernel,
-        out_type=mosaic.out_like((num_lanes, 128), jnp.int32, *operands),
-        grid=(num_lanes,),
-        grid_names=("lane",),
-        scratch_types=[plgpu.SMEM((128,), jnp.int32)],
-        compiler_params=plgpu.CompilerParams(approx_math=True),
-        interpret=interpret,
-    )
-    return launch(*operands)[:, 0]
+    # One array, in one type that holds all of it, costs one kernel to make.
+    options = [factor, jnp.minimum(top_k, NO_TOKEN), top_p, min_p, greedy, keeps_all, *halves]
+    operands = (jnp.stack([option.astype(jnp.float32) for option in options]),)
+    return row_parts.launch(_draw, cut, logits, operands, [((num_lanes,), jnp.int32)], 6, interpret)[0]

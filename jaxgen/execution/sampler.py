@@ -111,20 +111,24 @@ def draw(logits: jax.Array, params: RowParams) -> jax.Array:
     )
 
 
-def log_probabilities(logits: jax.Array, chosen: jax.Array, logprob_ids: jax.Array, top: int) -> Logprobs:
-    """log_softmax statistics of logits [B, V] float32 for chosen [B] and logprob_ids [B, M] (-1 = none)."""
-    normaliser = jax.nn.logsumexp(logits, axis=-1, keepdims=True)  # [B, 1]
+def log_probabilities(
+    logits: jax.Array,
+    chosen: jax.Array,
+    logprob_ids: jax.Array,
+    top: int,
+    temperature: jax.Array | None = None,
+) -> Logprobs:
+    """log_softmax statistics of logits [B, V] float32 for chosen [B] and logprob_ids [B, M] (-1 = none).
 
-    def at(ids):
-        return jnp.take_along_axis(logits, jnp.maximum(ids, 0), axis=-1) - normaliser
-
-    values, ids = jax.lax.top_k(logits, top)
-    return Logprobs(
-        chosen=at(chosen[:, None])[:, 0],
-        top_values=values - normaliser,
-        top_ids=ids.astype(jnp.int32),
-        id_values=at(logprob_ids),
-    )
+    The logits count divided by the temperature [B]; 0, or None, leaves them as they are.
+    """
+    if temperature is None:
+        temperature = jnp.zeros(chosen.shape, jnp.float32)
+    found = kernels_pallas.log_probabilities(logits, chosen, temperature, top)
+    divisor = jnp.where(temperature > 0, temperature, 1.0)[:, None]
+    asked = jnp.take_along_axis(logits, jnp.maximum(logprob_ids, 0), axis=-1) / divisor  # [B, M]
+    id_values = asked - found.normaliser[:, None]
+    return Logprobs(found.chosen, found.top_values, found.top_ids, id_values)
 
 
 def no_log_probabilities(rows: int, width: int, top: int) -> Logprobs:
@@ -146,9 +150,9 @@ def output_log_probabilities(
     rows, width = params.logprob_ids.shape
 
     def compute(x):
-        temperature = params.floats[:, L.TEMPERATURE, None]
-        divisor = jnp.where((temperature > 0) & (not original), temperature, 1.0)
-        return log_probabilities(x / divisor, tokens, params.logprob_ids, top)
+        temperature = params.floats[:, L.TEMPERATURE]
+        temperature = jnp.zeros_like(temperature) if original else temperature
+        return log_probabilities(x, tokens, params.logprob_ids, top, temperature)
 
     return jax.lax.cond(
         params.wants(L.LOGPROBS).any(), compute, lambda x: no_log_probabilities(rows, width, top), logits
