@@ -67,8 +67,8 @@ def prefill_buckets(
 
 
 def coarse(buckets: Sequence[int]) -> tuple[int, ...]:
-    """The powers of two among `buckets`, and the largest: for steps too rare to compile at every size."""
-    return tuple(b for b in buckets if b & (b - 1) == 0 or b == buckets[-1])
+    """The powers of four among `buckets`, and the largest: for steps too rare to compile at every size."""
+    return tuple(b for b in buckets if (b.bit_count() == 1 and b.bit_length() % 2) or b == buckets[-1])
 
 
 def pick(buckets: Sequence[int], n: int) -> int:
