@@ -26,7 +26,7 @@ class HFProcess:
     def __init__(self, python: str, model: str, dtype: str):
         try:
             self._process = subprocess.Popen(
-                [python, str(SCRIPT), model, dtype],
+                [python, "-P", str(SCRIPT), model, dtype],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 text=True,

@@ -8,7 +8,7 @@ import statistics
 import sys
 from typing import Any
 
-from jaxgen.bench import plot, profile, report, workloads
+from jaxgen.bench import plot, profiling, report, workloads
 from jaxgen.bench.costs import ModelCosts, Rates
 from jaxgen.bench.engines import model_options
 from jaxgen.bench.floors import floor_seconds
@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
     with Engine(**options) as engine:
         record["device"] = report.device()
         if args.profile:
-            profile.require_gpu()
+            profiling.require_gpu()
         for group in workloads.groups(picked, args.scale):
             for workload, runs in zip(group, measure(engine, group, args.repeats)):
                 _progress(workload, runs)
@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
     _add_costs(rows, measured)
     _print(rows)
     for name, found in profiles.items():
-        profile.show(name, found)
+        profiling.show(name, found)
     if args.plot:
         title = f"jaxgen bench {args.bench}, {args.model}, {record['device']['kind']}"
         plot.save(args.plot, title, _bars(rows))
@@ -155,10 +155,10 @@ def _progress(workload: Workload, runs: list[Run]) -> None:
 
 
 def _profiles(engine: Engine, measured: list[tuple[Workload, list[Run]]], num_layers: int) -> dict[str, Any]:
-    profile.warm_up()
+    profiling.warm_up()
     return {
         workload.name: dataclasses.asdict(
-            profile.decode(engine, workload, _median(runs, "decode"), num_layers)
+            profiling.decode(engine, workload, _median(runs, "decode"), num_layers)
         )
         for workload, runs in measured
         if workload.measure == "decode"

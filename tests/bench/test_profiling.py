@@ -3,7 +3,7 @@
 import jax
 import pytest
 
-from jaxgen.bench.profile import Event, analyse, events_of
+from jaxgen.bench.profiling import Event, analyse, events_of
 
 LAYERS = 4
 STEP = 1_000_000.0  # ns
