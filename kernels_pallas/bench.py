@@ -56,6 +56,11 @@ def matrix_rate(repeats: int) -> float:
     return 2 * 8192**3 / seconds_per_call(lambda a, b: a @ b, (a, b), 1, repeats)
 
 
+def _row(op: str, case: str, seconds: float, floor: float, **more: float | None) -> dict:
+    times = {"us": seconds * 1e6, "floor_us": floor * 1e6, "of_floor": floor / seconds}
+    return {"op": op, "case": case, **times, **more}
+
+
 @dataclass(frozen=True)
 class DecodeCase:
     """One shape of decode, and the share of the floor aimed at."""
@@ -128,16 +133,7 @@ def bench_decode(repeats: int, rates: dict) -> list[dict]:
     for case in DECODE_CASES:
         seconds = time_decode(case, paged_decode, repeats)
         floor = sum(case.lengths) * case.num_kv_heads * case.head_dim * 4 / rates["read_bytes_per_s"]
-        rows.append(
-            {
-                "op": "paged_decode",
-                "case": case.name,
-                "us": seconds * 1e6,
-                "floor_us": floor * 1e6,
-                "of_floor": floor / seconds,
-                "target": case.target,
-            }
-        )
+        rows.append(_row("paged_decode", case.name, seconds, floor, target=case.target))
     return rows
 
 
@@ -220,16 +216,7 @@ def bench_prefill(repeats: int, rates: dict) -> list[dict]:
             timings["cuDNN dense"] = functools.partial(time_cudnn, case, repeats)
         for op, timing in timings.items():
             seconds, floor = timing(), case.flops / rates["matrix_flops"]
-            rows.append(
-                {
-                    "op": op,
-                    "case": case.name,
-                    "us": seconds * 1e6,
-                    "floor_us": floor * 1e6,
-                    "of_floor": floor / seconds,
-                    "tflops": case.flops / seconds / 1e12,
-                }
-            )
+            rows.append(_row(op, case.name, seconds, floor, tflops=case.flops / seconds / 1e12))
     return rows
 
 
@@ -275,15 +262,7 @@ def bench_sample(repeats: int, rates: dict) -> list[dict]:
     for name, lanes, vocab_size, *options in SAMPLE_CASES:
         seconds = time_sample(lanes, vocab_size, options, sample, repeats)
         floor = lanes * vocab_size * 4 / rates["read_bytes_per_s"]
-        rows.append(
-            {
-                "op": "sample",
-                "case": name,
-                "us": seconds * 1e6,
-                "floor_us": floor * 1e6,
-                "of_floor": floor / seconds,
-            }
-        )
+        rows.append(_row("sample", name, seconds, floor))
     return rows
 
 
@@ -307,15 +286,7 @@ def bench_logprobs(repeats: int, rates: dict) -> list[dict]:
 
         seconds = seconds_per_call(chain, (tokens, logits), 4, repeats)
         floor = lanes * vocab_size * 4 / rates["read_bytes_per_s"]
-        rows.append(
-            {
-                "op": op,
-                "case": f"top {top_n}, {lanes} x {vocab_size}",
-                "us": seconds * 1e6,
-                "floor_us": floor * 1e6,
-                "of_floor": floor / seconds,
-            }
-        )
+        rows.append(_row(op, f"top {top_n}, {lanes} x {vocab_size}", seconds, floor))
     return rows
 
 

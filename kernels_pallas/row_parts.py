@@ -3,7 +3,7 @@
 A cluster of up to eight blocks of threads takes a row, each block a part of it, so that a batch of one uses
 many multiprocessors and a kernel that looks at its row again and again reads it from device memory once. The
 copy engine brings the part in chunks, and the first pass over a chunk starts when it arrives. Between passes
-the blocks exchange a few scalars through device memory.
+the blocks exchange a few scalars.
 
 A block is a single warpgroup: Mosaic's reductions of whole arrays go through one scratch buffer per block.
 """

@@ -50,14 +50,24 @@ def test_default_configuration_lowers_for_hopper(vocab_size):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(mosaic.device_without_kernels() is not None, reason="needs a Hopper GPU")
-@pytest.mark.parametrize("vocab_size", [1024, 32000, 151936, 262144])
+@pytest.mark.parametrize("vocab_size", [1024, 151936, 262144])
 def test_kernel_on_the_gpu_draws_what_the_reference_draws(vocab_size):
     """Roundings differ by an ulp, so a draw in a thousand may fall on the other side of a threshold."""
-    batches = [rows(scale, vocab_size, seed) for scale in (0.5, 3.0) for seed in range(20)]
+    batches = [rows(scale, vocab_size, seed) for scale in (0.5, 3.0) for seed in range(10)]
     operands = [jnp.concatenate(options) for options in zip(*batches, strict=True)]
     got = np.asarray(sample_kernel.sample(*operands)).reshape(-1, 8)
     same = got == np.asarray(jax.jit(reference.sample)(*operands)).reshape(-1, 8)
     assert same.mean() > 0.98
     assert same[:, [0, 7]].all()  # the greedy rows and the rows with a NaN
-    alone = [x[3:4] for x in operands]
-    assert sample_kernel.sample(*alone).tolist() == got[0, 3:4].tolist()  # in parts of another size
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(mosaic.device_without_kernels() is not None, reason="needs a Hopper GPU")
+def test_a_lane_on_the_gpu_draws_alone_what_it_draws_in_a_batch():
+    """Many times over: the parts of a row agree on every decision, or the kernel does not end well."""
+    operands = [jnp.tile(x, (32, 1)[: x.ndim]) for x in rows(3.0, 32000)]
+    positions = jnp.arange(256, dtype=jnp.int32)
+    together = [np.asarray(sample_kernel.sample(*operands[:6], positions)) for _ in range(200)]
+    assert (np.asarray(together) == together[0]).all()
+    alone = [sample_kernel.sample(*(x[i : i + 1] for x in (*operands[:6], positions)))[0] for i in range(16)]
+    assert np.asarray(alone).tolist() == together[0][:16].tolist()
