@@ -40,8 +40,8 @@ def _best_of_places(part: RowPart, factor):
         return jnp.where(wins, x, best), jnp.where(wins, i, trips)
 
     nothing = part.full(-jnp.inf), part.full(0, jnp.int32)
-    maxima, total, _, (best, trips) = part.softmax(factor, step, nothing)
-    return jnp.max(maxima), total, best, part.tokens(trips)
+    maximum, total, _, (best, trips) = part.softmax(factor, step, nothing)
+    return maximum, total, best, part.tokens(trips)
 
 
 def _next_of_place(part: RowPart, value, token):

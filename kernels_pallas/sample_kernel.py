@@ -13,10 +13,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from kernels_pallas import mosaic, reference, row_parts
+from kernels_pallas import reference, row_parts
 from kernels_pallas.row_parts import LOWEST, NO_TOKEN, Cut, RowPart, merge_softmax, weight
-
-MOST_DROPS = 32  # so many places at most are looked at for a `floor`
 
 unsupported = row_parts.unsupported
 
@@ -47,7 +45,7 @@ class _Sampler:
         return self.part.full(LOWEST), self.part.full(0, jnp.int32)
 
     def scan(self):
-        """Maximum, softmax denominator, `floor`, and the `winner` among all tokens with its logit, scalars.
+        """Maximum, softmax denominator, and the `winner` among all tokens with its logit, scalars.
 
         Scores are relative to the maximum of the part.
         """
@@ -60,38 +58,22 @@ class _Sampler:
             state = (self.part.full(LOWEST), self.nothing())
             maxima, best = self.part.fold(step, state, first_pass=True)
             maximum, (score, token) = jnp.max(maxima), self.winner(best)
-            return maximum, jnp.float32(0.0), maximum, score - maximum, token
+            return maximum, jnp.float32(0.0), score - maximum, token
 
         def noisy():
             def also(i, x, shift, best):
                 return better(True, i, self.score(i, x, shift), best)
 
-            maxima, total, shift, best = self.part.softmax(self.factor, also, self.nothing())
-            maximum, (score, token) = jnp.max(maxima), self.winner(best)
-            score += (shift - maximum) * self.factor
-            return maximum, total, self.floor(maxima), score, token
+            maximum, total, shift, best = self.part.softmax(self.factor, also, self.nothing())
+            score, token = self.winner(best)
+            return maximum, total, score + (shift - maximum) * self.factor, token
 
-        scanned = lax.cond(self.greedy != 0, greedy, noisy)
-        return *scanned, self.part.value(scanned[-1])
-
-    def floor(self, maxima):
-        """A logit that this part's share of the top_k largest reaches, of the places' maxima; scalar."""
-
-        def drop_largest(_, left):
-            return jnp.where(left == jnp.max(left), LOWEST, left)
-
-        share = mosaic.ceil_div(self.top_k.astype(jnp.int32), self.part.parts)
-        sought = share <= MOST_DROPS
-        drops = jnp.where(sought, share - 1, 0)
-        return jnp.where(sought, jnp.max(lax.fori_loop(0, drops, drop_largest, maxima)), LOWEST)
+        maximum, total, score, token = lax.cond(self.greedy != 0, greedy, noisy)
+        return maximum, total, score, token, self.part.value(token)
 
     def before(self, i, x, candidate):
         token, value = candidate
         return (x > value) | ((x == value) & (self.part.tokens(i) < token))
-
-    def likely(self, x, maximum, floor):
-        """Whether min_p keeps the logits and top_k may."""
-        return (weight(x, maximum, self.factor) >= self.min_p) & (x >= floor)
 
     def weigh(self, candidate, maximum):
         """Count and mass of the tokens before the candidate, scalars float32."""
@@ -104,12 +86,11 @@ class _Sampler:
         counts, masses = self.part.fold(step, (self.part.full(0.0), self.part.full(0.0)))
         return jnp.sum(counts), jnp.sum(masses)
 
-    def draw(self, candidate, maximum, floor):
-        """Score, token and logit of the `winner` among the likely tokens before the candidate, scalars."""
+    def draw(self, candidate, maximum):
+        """Score, token and logit of the `winner` among the tokens before the candidate, scalars."""
 
         def step(i, x, best):
-            among = self.before(i, x, candidate) & self.likely(x, maximum, floor)
-            return better(among, i, self.score(i, x, maximum), best)
+            return better(self.before(i, x, candidate), i, self.score(i, x, maximum), best)
 
         score, token = self.winner(self.part.fold(step, self.nothing()))
         return score, token, self.part.value(token)
@@ -144,24 +125,24 @@ def _draw(part: RowPart, options, out_ref):
     row = _Sampler(part, options)
     reports = part.exchange(0, row.scan())
     maximum, total = merge_softmax([report[:2] for report in reports], row.factor)
-    floor = functools.reduce(jnp.minimum, [report[2] for report in reports])
     candidate = merge_winners(
-        [(score + (top - maximum) * row.factor, *winner) for top, _, _, score, *winner in reports]
+        [(score + (top - maximum) * row.factor, *winner) for top, _, score, *winner in reports]
     )
     bad = maximum != maximum
 
     def kept(candidate):
         reports = part.exchange(1, row.weigh(candidate, maximum))
         count, mass = (sum(report[i] for report in reports) for i in range(2))
-        within = (count < row.top_k) & (mass <= total * row.top_p)
+        likely = weight(candidate[1], maximum, row.factor) >= row.min_p
+        within = (count < row.top_k) & (mass <= total * row.top_p) & likely
         return within | (count == 0.0)  # the first token is always kept
 
     def draw_again(state):
-        candidate = merge_winners(part.exchange(2, row.draw(state[0], maximum, floor)))
+        candidate = merge_winners(part.exchange(0, row.draw(state[0], maximum)))
         return candidate, kept(candidate)
 
-    checked = row.likely(candidate[1], maximum, floor) & (row.keeps_all == 0)
-    done = lax.cond(checked & ~bad, lambda: kept(candidate), lambda: (row.keeps_all != 0) | bad)
+    done = (row.keeps_all != 0) | bad
+    done = lax.cond(done, lambda: jnp.bool_(True), lambda: kept(candidate))
     (token, _), _ = lax.while_loop(lambda state: ~state[1], draw_again, (candidate, done))
 
     @pl.when(part.part == 0)
@@ -180,4 +161,4 @@ def _sample(logits, temperature, top_k, top_p, min_p, seeds, positions, cut, int
     # One array, in one type that holds all of it, costs one kernel to make.
     options = [factor, jnp.minimum(top_k, NO_TOKEN), top_p, min_p, greedy, keeps_all, *halves]
     operands = (jnp.stack([option.astype(jnp.float32) for option in options]),)
-    return row_parts.launch(_draw, cut, logits, operands, [((num_lanes,), jnp.int32)], 6, interpret)[0]
+    return row_parts.launch(_draw, cut, logits, operands, [((num_lanes,), jnp.int32)], 5, interpret)[0]
