@@ -57,11 +57,7 @@ def unsupported(q: jax.Array, k_pages: jax.Array, v_pages: jax.Array) -> str | N
         return f"pages are {k_pages.dtype} and {v_pages.dtype}, not {q.dtype} like q"
     if head_dim not in (64, 128, 256):
         return f"head_dim {head_dim} is not 64, 128 or 256"
-    if page_size not in (8, 16, 32, 64, 128):
-        return f"page_size {page_size} is not 8, 16, 32, 64 or 128"
-    if group > 16:
-        return f"{group} query heads per kv head are more than 16"
-    return None
+    return mosaic.unsupported_paging(page_size, group)
 
 
 def unsupported_rope(rotary_dim: int, head_dim: int) -> str | None:

@@ -39,6 +39,15 @@ def device_without_kernels() -> str | None:
     return None if capability == "9.0" else f"the device has compute capability {capability}, not 9.0"
 
 
+def unsupported_paging(page_size: int, group: int) -> str | None:
+    """Why the attention kernels cannot take pages or groups of query heads of these sizes; None if they can."""
+    if page_size not in (8, 16, 32, 64, 128):
+        return f"page_size {page_size} is not 8, 16, 32, 64 or 128"
+    if group > 16:
+        return f"{group} query heads per kv head are more than 16"
+    return None
+
+
 @functools.cache
 def report_fallback(op: str, reason: str) -> None:
     """Log once per process and cause that a GPU runs the reference instead of a kernel."""
@@ -91,16 +100,6 @@ def softmax_state(rows: int, head_dim: int):
     maximum = plgpu.layout_cast(jnp.full((rows,), MASKED, jnp.float32), layout.reduce(1))
     denominator = plgpu.layout_cast(jnp.zeros((rows,), jnp.float32), layout.reduce(1))
     return acc, maximum, denominator
-
-
-def dot_keys(queries, keys, rows: int, block: int):
-    """Scores [rows, block] float32 of queries [rows, H] and keys [block, H], both in shared memory."""
-
-    def multiply(acc):
-        plgpu.wgmma(acc, queries, keys.transpose((1, 0)))
-        return acc[...]
-
-    return pl.run_scoped(multiply, plgpu.ACC((rows, block), jnp.float32))
 
 
 def add_values(acc, weights, values, *, interpret: bool):

@@ -45,11 +45,7 @@ def unsupported(
         return f"head_dim {head_dim} of {FP8} pages is not 128"
     if sinks is not None:
         return "attention sinks have not been run on a GPU"
-    if page_size not in (8, 16, 32, 64, 128):
-        return f"page_size {page_size} is not 8, 16, 32, 64 or 128"
-    if group > 16:
-        return f"{group} query heads per kv head are more than 16"
-    return None
+    return mosaic.unsupported_paging(page_size, group)
 
 
 def ragged_prefill(

@@ -27,8 +27,8 @@ class StepKey(NamedTuple):
     """One compiled step.
 
     size: pages (copy), lanes (decode and the refill of its upload), packed tokens (prefill) or rows of the lane
-    state (newest tokens). rows: prefill only. widths: of the sparse
-    edits and of the requested log-probabilities in the lane state.
+    state (newest tokens). rows: prefill only. widths: of the sparse edits and of the requested
+    log-probabilities in the lane state.
     """
 
     kind: str

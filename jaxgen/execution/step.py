@@ -86,8 +86,7 @@ def decode_step(spec: StepSpec, lanes: int, variant: Variant) -> Callable:
     """(weights, kv, state, packed int32) -> (StepOutput, kv, state): one token for each of B lanes.
 
     The plain step has no output that is not written over one of its inputs. With every buffer at the address
-    of the step before, a GPU replays the captured step as it is; a single new address costs the host an
-    update of the whole graph, which takes longer than a small model computes.
+    of the step before, a GPU replays the captured step as it is; a new one costs the host an update of it.
     """
 
     def step(weights, kv, state: L.LaneState, packed):
