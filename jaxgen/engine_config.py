@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxgen.execution.kv_cache import device_memory_bytes
-from jaxgen.execution.runner import RunnerConfig
+from jaxgen.execution.runner_config import RunnerConfig
 from jaxgen.layers.attention import AttentionBackends
 from jaxgen.models.config import ModelConfig
 from jaxgen.scheduling import environment

@@ -5,9 +5,8 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -32,13 +31,14 @@ from jaxgen.execution.programs import (
     shard_bytes,
     temporary_bytes,
 )
-from jaxgen.execution.sampler import PLAIN, Logprobs, Variant
+from jaxgen.execution.runner_config import RunnerConfig
+from jaxgen.execution.sampler import Logprobs, Variant
 from jaxgen.execution.step import StepOutput, StepSpec
 from jaxgen.execution.step_cache import StepCache
-from jaxgen.layers.attention import KV_PAGE_AXES, AttentionBackends
+from jaxgen.execution.step_choice import EDIT_WIDTH, LOGPROB_WIDTH, StepChoice, power_of_two, startup_variants
+from jaxgen.layers.attention import KV_PAGE_AXES
 from jaxgen.models.config import ModelConfig
 from jaxgen.models.registry import ARCHITECTURES, build_model
-from jaxgen.scheduling.buckets import coarse, pick
 from jaxgen.scheduling.plan import Plan
 from jaxgen.scheduling.request import Request
 from jaxgen.sharding import abstract_params, sharding_for
@@ -46,34 +46,8 @@ from jaxgen.startup import StartupReport
 
 logger = logging.getLogger("jaxgen")
 
-# Widths a full step is compiled for at start-up; larger requests widen them at the price of a compile.
-EDIT_WIDTH = 256
-LOGPROB_WIDTH = 16
-TOP_LOGPROBS = 20
 # Provisional page count for reading the temporary memory of the largest steps off the compiler.
 PROBE_PAGES = 64
-
-
-@dataclasses.dataclass(frozen=True)
-class RunnerConfig:
-    """Resolved once by the engine, then frozen. Sizes in tokens unless said."""
-
-    page_size: int
-    context_length: int
-    rows: int  # R: rows of lane state, the most requests that can run at once
-    decode_buckets: tuple[int, ...]  # lanes
-    prefill_buckets: tuple[tuple[int, int], ...]  # (packed tokens, rows)
-    param_dtype: Any
-    kv_dtype: Any
-    attention: AttentionBackends
-    max_total_tokens: int | None
-    mem_fraction_static: float | None
-    return_hidden: bool
-    original_logprobs: bool
-    precompile_decode: bool
-    precompile_prefill: bool
-    strict_compile: bool
-    chunked: bool  # prompts longer than the largest prefill bucket come in pieces
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,7 +104,8 @@ class Runner:
         self.device = mesh.devices.flat[0]
         self._replicated = sharding_for(mesh, ())
         self._kv_sharding = sharding_for(mesh, KV_PAGE_AXES)
-        self._lane_variants = self._startup_variants()
+        variants = startup_variants(self.device.platform, model_config.vocab_size)
+        self._choice = StepChoice(config, variants, model_config.vocab_size)
         with report.phase("build model"):
             self._programs, params = self._build_model(cache_directory)
         self.weight_bytes = sum(map(shard_bytes, params.values()))
@@ -256,37 +231,14 @@ class Runner:
 
     def _largest_temporary(self) -> int:
         """Bytes that the largest step needs beside its arguments, read off compiled steps."""
-        variant = self._lane_variants[-1]
-        keys = [
-            self._prefill_key(self.config.prefill_buckets[-1], variant),
-            self._decode_key(self.config.decode_buckets[-1], variant),
-        ]
+        keys = self._choice.largest_keys(self._shapes.widths)
         self._steps.warm_up(keys, lambda key: None)
         largest = max(temporary_bytes(self._steps.get(key)) for key in keys)
         self._steps.clear()
         return largest
 
-    def _startup_variants(self) -> tuple[Variant, ...]:
-        """The variants compiled per bucket, least first.
-
-        On a CPU one full step does it all: what no row wants is skipped at run time at no cost. On a GPU a
-        run-time branch would break the command buffer, so the common case gets steps of its own.
-        """
-        full = Variant(True, min(TOP_LOGPROBS, self.model_config.vocab_size))
-        return (full,) if self.device.platform == "cpu" else (PLAIN, full)
-
     def _warm_up(self, report: StartupReport) -> None:
-        config = self.config
-        keys = [self._copy_key(), self._newest_key()]
-        for variant in self._lane_variants:
-            if config.precompile_prefill:
-                keys += [self._prefill_key(bucket, variant) for bucket in self._prefill_buckets(variant)]
-            if config.precompile_decode:
-                keys += [self._decode_key(bucket, variant) for bucket in self._decode_buckets(variant)]
-        if config.precompile_decode:
-            keys += [self._refill_key(lanes) for lanes in config.decode_buckets]
-        # The largest first: they take longest.
-        keys.sort(key=lambda key: -key.size)
+        keys = self._choice.startup_keys(self._shapes.widths)
         started = time.perf_counter()
         with report.progress("Compiling steps", len(keys), unit="step") as advance:
 
@@ -319,38 +271,6 @@ class Runner:
 
     # ---- compiled steps
 
-    def _decode_buckets(self, variant: Variant) -> tuple[int, ...]:
-        """Lanes of the decode steps compiled for a variant."""
-        buckets = self.config.decode_buckets
-        return coarse(buckets) if self._is_rare(variant) else buckets
-
-    def _prefill_buckets(self, variant: Variant) -> tuple[tuple[int, int], ...]:
-        """(packed tokens, rows) of the prefill steps compiled for a variant."""
-        buckets = self.config.prefill_buckets
-        if not self._is_rare(variant):
-            return buckets
-        kept = coarse([tokens for tokens, _ in buckets])
-        return tuple(bucket for bucket in buckets if bucket[0] in kept)
-
-    def _is_rare(self, variant: Variant) -> bool:
-        """Whether a variant is one of several, and not for the common requests."""
-        return variant.full and len(self._lane_variants) > 1
-
-    def _decode_key(self, bucket: int, variant: Variant) -> StepKey:
-        return StepKey(DECODE, bucket, 0, variant, self._shapes.widths)
-
-    def _prefill_key(self, bucket: tuple[int, int], variant: Variant) -> StepKey:
-        return StepKey(PREFILL, *bucket, variant, self._shapes.widths)
-
-    def _newest_key(self) -> StepKey:
-        return StepKey(NEWEST, self.config.rows)
-
-    def _refill_key(self, lanes: int) -> StepKey:
-        return StepKey(REFILL, lanes)
-
-    def _copy_key(self) -> StepKey:
-        return StepKey(COPY, self.config.prefill_buckets[-1][1])
-
     def _run(self, key: StepKey, *uploads: np.ndarray | jax.Array) -> StepOutput:
         """Launches a decode or prefill step; KV pages and lane state are replaced by the step's."""
         arrays = [u if isinstance(u, jax.Array) else self._put(u) for u in uploads]
@@ -372,26 +292,8 @@ class Runner:
         Called with every request before it is submitted: found out in the middle of a step, the same thing
         would end the engine.
         """
-        if not self.config.strict_compile:
-            return
-        needs, full = needs_of(request), self._lane_variants[-1]
-        edits, ids = self._shapes.widths
-        largest = self.config.prefill_buckets[-1][0]
-        for what, wanted, most in (
-            ("logit edits (logit_bias entries, and stop ids under min_new_tokens)", needs.edit_width, edits),
-            ("token_ids_logprob", needs.logprob_width, ids),
-            ("top_logprobs_num", needs.top_logprobs, full.top_logprobs),
-            (
-                "prompt tokens in one step",
-                0 if self.config.chunked else len(request.prompt_ids),
-                largest,
-            ),
-        ):
-            if wanted > most:
-                raise ValueError(
-                    f"{what}: {wanted} are more than the {most} that steps were compiled for at start-up, and "
-                    "strict_compile=True forbids compiling now; ask for less, or start without strict_compile"
-                )
+        if self.config.strict_compile:
+            self._choice.require_compiled(request, self._shapes.widths)
 
     # ---- serving
 
@@ -431,9 +333,9 @@ class Runner:
     def _launch_decode(self, plan: Plan) -> Launched:
         decode = self._decode
         if decode is None or plan.membership_changed:
-            variant = self._variant(request.row for request in plan.lanes)
+            variant = self._variant(plan.lanes)
             decode = DecodeUpload(
-                key=self._decode_key(self._decode_bucket(len(plan.lanes), variant), variant),
+                key=self._choice.decode(len(plan.lanes), variant, self._shapes.widths),
                 rows=np.array([request.row for request in plan.lanes], np.int32),
                 packed=None,
                 wants_logprobs=variant.full and any(r.return_logprob for r in plan.lanes),
@@ -446,7 +348,7 @@ class Runner:
             decode = dataclasses.replace(decode, packed=self._upload(decode.key.size, packed))
         self._decode = decode
         output = self._run(decode.key, decode.packed)
-        tokens = self._steps.get(self._newest_key())(self.state.token)
+        tokens = self._steps.get(self._choice.newest_key)(self.state.token)
         return Launched(plan, tokens, decode.rows, output, decode.wants_logprobs, False, decode.wants_hidden)
 
     def _launch_prefill(self, plan: Plan) -> Launched:
@@ -455,10 +357,10 @@ class Runner:
         fresh = [self.mirror.claim(chunk.request) for chunk in plan.chunks]
         self.mirror.assign_pages(plan.page_updates)
         requests = [chunk.request for chunk in plan.chunks] + list(plan.lanes)
-        variant = self._variant(request.row for request in requests)
-        bucket = self._prefill_bucket(plan.num_tokens, len(requests), variant)
-        uploads = pack_prefill(plan, self.mirror, fresh, *bucket, variant)
-        output = self._run(self._prefill_key(bucket, variant), *uploads)
+        variant = self._variant(requests)
+        key = self._choice.prefill(plan.num_tokens, len(requests), variant, self._shapes.widths)
+        uploads = pack_prefill(plan, self.mirror, fresh, key.size, key.rows, variant)
+        output = self._run(key, *uploads)
         return Launched(
             plan,
             output.tokens,
@@ -474,12 +376,12 @@ class Runner:
         buffer = self._uploads.pop(lanes, None)
         if buffer is None:
             buffer = self._put(packed)
-        array = self._steps.get(self._refill_key(lanes))(buffer, self._put(packed))
+        array = self._steps.get(self._choice.refill_key(lanes))(buffer, self._put(packed))
         self._uploads[lanes] = array
         return array
 
     def _copy_pages(self, copies: Sequence[tuple[int, int]]) -> None:
-        key = self._copy_key()
+        key = self._choice.copy_key
         for first in range(0, len(copies), key.size):
             part = np.array(copies[first : first + key.size], np.int32)
             packed = np.full((2, key.size), self.kv_shape.num_pages, np.int32)
@@ -490,27 +392,8 @@ class Runner:
     def _put(self, array: np.ndarray) -> jax.Array:
         return jax.device_put(array, self._replicated)
 
-    def _variant(self, rows: Iterable[int]) -> Variant:
-        """The least start-up variant that covers the rows (a wider one where a row wants more)."""
-        needs = [n for row in rows if (n := self.mirror.needs[row]) is not None]
-        full = any(n.full for n in needs)
-        top = max((n.top_logprobs for n in needs), default=0)
-        for variant in self._lane_variants:
-            if variant.full >= full and variant.top_logprobs >= top:
-                return variant
-        return Variant(full=True, top_logprobs=min(_power_of_two(top), self.model_config.vocab_size))
-
-    def _decode_bucket(self, lanes_needed: int, variant: Variant) -> int:
-        buckets = self._decode_buckets(variant)
-        if lanes_needed > buckets[-1]:
-            return min(_power_of_two(lanes_needed), self.config.rows)
-        return pick(buckets, lanes_needed)
-
-    def _prefill_bucket(self, tokens: int, rows: int, variant: Variant) -> tuple[int, int]:
-        for bucket in self._prefill_buckets(variant):
-            if bucket[0] >= tokens and bucket[1] >= rows:
-                return bucket
-        return _power_of_two(tokens), max(_power_of_two(rows), self.config.prefill_buckets[-1][1])
+    def _variant(self, requests: Sequence[Request]) -> Variant:
+        return self._choice.variant(self.mirror.needs[request.row] for request in requests)
 
     def _widen(self, plan: Plan) -> None:
         """Grows the sparse fields of the lane state when a request needs more than they hold."""
@@ -528,7 +411,7 @@ class Runner:
         )
         if wanted[0] <= edit and wanted[1] <= ids:
             return
-        widths = max(edit, _power_of_two(wanted[0])), max(ids, _power_of_two(wanted[1]))
+        widths = max(edit, power_of_two(wanted[0])), max(ids, power_of_two(wanted[1]))
         self.mirror.widen(*widths)
         self._shapes = self._shapes_of(self.kv_shape, widths)
 
@@ -554,7 +437,3 @@ class Runner:
             array.delete()
         self._uploads = {}
         self.weights, self.kv, self.state = (), (), None
-
-
-def _power_of_two(n: int) -> int:
-    return 1 << max(0, n - 1).bit_length()

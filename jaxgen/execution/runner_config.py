@@ -1,0 +1,30 @@
+"""The options of the device half, resolved."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from jaxgen.layers.attention import AttentionBackends
+
+
+@dataclasses.dataclass(frozen=True)
+class RunnerConfig:
+    """Resolved once by the engine, then frozen. Sizes in tokens unless said."""
+
+    page_size: int
+    context_length: int
+    rows: int  # R: rows of lane state, the most requests that can run at once
+    decode_buckets: tuple[int, ...]  # lanes
+    prefill_buckets: tuple[tuple[int, int], ...]  # (packed tokens, rows)
+    param_dtype: Any
+    kv_dtype: Any
+    attention: AttentionBackends
+    max_total_tokens: int | None
+    mem_fraction_static: float | None
+    return_hidden: bool
+    original_logprobs: bool
+    precompile_decode: bool
+    precompile_prefill: bool
+    strict_compile: bool
+    chunked: bool  # prompts longer than the largest prefill bucket come in pieces
