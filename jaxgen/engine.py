@@ -128,7 +128,7 @@ class Engine:
         except jax.errors.JaxRuntimeError as error:
             raise RuntimeError(f"The device failed while starting: {error}") from error
         pool_tokens = runner.kv_shape.num_tokens
-        scheduler_config = scheduler_config_of(args, runner_config, pool_tokens)
+        scheduler_config = scheduler_config_of(args, runner_config, pool_tokens, runner.decode_steps)
         self.server_args = args
         self._factory = RequestFactory(args, model, tokenizer, pool_tokens)
         self._context = InputContext(

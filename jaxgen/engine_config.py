@@ -176,6 +176,7 @@ def runner_config_of(args: ServerArgs, model: ModelConfig, mesh: jax.sharding.Me
         decode_buckets=decode_buckets(
             min(largest_bucket, rows), args.cuda_graph_bs_decode or COARSE_BUCKETS.get(platform)
         ),
+        decode_steps=args.num_continuous_decode_steps,
         prefill_buckets=_prefill_shapes(args, rows, platform),
         param_dtype=param_dtype,
         kv_dtype=kv_dtype_of(args, param_dtype),
@@ -195,8 +196,10 @@ def runner_config_of(args: ServerArgs, model: ModelConfig, mesh: jax.sharding.Me
     )
 
 
-def scheduler_config_of(args: ServerArgs, runner: RunnerConfig, pool_tokens: int) -> SchedulerConfig:
-    """What the host half needs, once the size of the KV pool is known."""
+def scheduler_config_of(
+    args: ServerArgs, runner: RunnerConfig, pool_tokens: int, decode_steps: tuple[tuple[int, int], ...]
+) -> SchedulerConfig:
+    """What the host half needs, once the KV pool and the decode launches (lanes, steps) are known."""
     chunk = args.chunked_prefill_size
     largest, rows = runner.prefill_buckets[-1]
     if args.strict_compile and runner.chunked:
@@ -213,6 +216,7 @@ def scheduler_config_of(args: ServerArgs, runner: RunnerConfig, pool_tokens: int
         chunked_prefill_size=chunk if chunk is not None and chunk > 0 else None,
         max_prefill_tokens=args.max_prefill_tokens,
         prefill_max_requests=min(args.prefill_max_requests or rows, rows),
+        decode_steps=decode_steps,
         schedule_policy=args.schedule_policy,
         schedule_conservativeness=args.schedule_conservativeness,
         radix_cache=not args.disable_radix_cache,

@@ -203,10 +203,10 @@ class EngineLoop:
         result = self.runner.read(launched)
         record_extras(launched, result)
         plan = launched.plan
-        sampled = [i for i, chunk in enumerate(plan.chunks) if chunk.last]
-        first_lane = len(plan.chunks)
-        indices = sampled + list(range(first_lane, first_lane + len(plan.lanes)))
-        tokens = [result.tokens[i] for i in indices] if plan.chunks else result.tokens[: len(plan.lanes)]
+        tokens = result.tokens
+        if plan.chunks:
+            last = [tokens[i] for i, chunk in enumerate(plan.chunks) if chunk.last]
+            tokens = last + tokens[len(plan.chunks) : len(plan.chunks) + len(plan.lanes)]
         self.throughput.count(len(tokens))
         self._deliver(self.scheduler.collect(plan, tokens))
 

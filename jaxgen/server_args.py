@@ -96,7 +96,9 @@ class ServerArgs:
     disable_radix_cache: bool = opt(False, "no prefix reuse", kind="bool")
     radix_eviction_policy: str = opt("lru", "which unused cached prefix goes first")
     disable_overlap_schedule: bool = opt(False, "strict alternation of host and device", kind="bool")
-    num_continuous_decode_steps: int = opt(1, "decode steps per scheduling decision", kind="int")
+    num_continuous_decode_steps: int | None = opt(
+        None, "decode steps per launch; default: by model size and batch", kind="int"
+    )
     stream_interval: int = opt(1, "tokens per streamed chunk", kind="int")
     incremental_streaming_output: bool = opt(False, "streamed chunks hold only what is new", kind="bool")
     retraction_policy: str = opt("length", "which running request goes first", choices=("length", "priority"))

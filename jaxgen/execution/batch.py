@@ -73,7 +73,7 @@ class RowMirror:
         self.needs: list[RequestNeeds | None] = [None] * rows
         self.table = np.zeros((rows, max_pages), np.int32)
         self.floats = np.zeros((rows, 6), np.float32)
-        self.ints = np.zeros((rows, 3), np.int32)
+        self.ints = np.zeros((rows, 4), np.int32)
         self.edit_ids = np.full((rows, edit_width), -1, np.int32)
         self.edit_values = np.zeros((rows, edit_width), np.float32)
         self.edit_until = np.zeros((rows, edit_width), np.int32)
@@ -115,7 +115,7 @@ class RowMirror:
             params.presence_penalty,
             params.repetition_penalty,
         )
-        self.ints[row] = (params.top_k, request.seed, needs.mode)
+        self.ints[row] = (params.top_k, request.seed, needs.mode, request.kv_limit)
         self.edit_ids[row] = -1
         ids, values, until = edits_of(request)
         n = len(ids)

@@ -15,7 +15,7 @@ LOGPROBS = 4  # the row wants output log-probabilities
 # Columns of LaneState.floats.
 TEMPERATURE, TOP_P, MIN_P, FREQUENCY, PRESENCE, REPETITION = range(6)
 # Columns of LaneState.ints.
-TOP_K, SEED, MODE = range(3)
+TOP_K, SEED, MODE, LIMIT = range(4)
 
 
 @jax.tree_util.register_dataclass
@@ -24,10 +24,11 @@ class LaneState:
     """Device-resident state of `R` rows; a step reads the rows of its lanes and writes them back.
 
     token       [R] int32       newest token, the input of the next decode step
+    drawn       [K, R] int32    tokens of the last decode launch, step by step
     length      [R] int32       KV positions already written
     page_table  [R, MP] int32   pages of the row, in order
     floats      [R, 6] float32  temperature (0 = greedy), top_p, min_p, frequency, presence, repetition
-    ints        [R, 3] int32    top_k, seed, mode bits
+    ints        [R, 4] int32    top_k, seed, mode bits, KV length at which the last allowed token is drawn
     edit_ids    [R, W] int32    sparse additive logit edits: token ids (-1 = none)
     edit_values [R, W] float32  ... added value
     edit_until  [R, W] int32    ... applied while the sampled token's position is below this
@@ -36,6 +37,7 @@ class LaneState:
     """
 
     token: jax.Array
+    drawn: jax.Array
     length: jax.Array
     page_table: jax.Array
     floats: jax.Array
@@ -60,9 +62,9 @@ class LaneState:
 
 
 def lane_state_shapes(
-    rows: int, max_pages: int, vocab_size: int, edit_width: int, logprob_width: int
+    rows: int, max_pages: int, vocab_size: int, edit_width: int, logprob_width: int, steps: int
 ) -> LaneState:
-    """The abstract LaneState (`jax.ShapeDtypeStruct` leaves) of the given sizes."""
+    """The abstract LaneState (`jax.ShapeDtypeStruct` leaves) of the given sizes; `steps` is K."""
     i32, f32 = jnp.int32, jnp.float32
 
     def s(shape: tuple[int, ...], dtype) -> jax.ShapeDtypeStruct:
@@ -70,10 +72,11 @@ def lane_state_shapes(
 
     return LaneState(
         token=s((rows,), i32),
+        drawn=s((steps, rows), i32),
         length=s((rows,), i32),
         page_table=s((rows, max_pages), i32),
         floats=s((rows, 6), f32),
-        ints=s((rows, 3), i32),
+        ints=s((rows, 4), i32),
         edit_ids=s((rows, edit_width), i32),
         edit_values=s((rows, edit_width), f32),
         edit_until=s((rows, edit_width), i32),

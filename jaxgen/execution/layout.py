@@ -62,7 +62,7 @@ def prefill_layouts(
     token [T] (-1 = the row's newest token on the device), segment [T] index of the token's row in this batch
     (N = padding), target [T] the prompt token that follows (-1 = none wanted);
     per row: row (state row), offset (first packed token), length (packed tokens), start (position of the
-    first one), prompt (prompt length; later positions are output), flags, ints (top_k, seed, mode),
+    first one), prompt (prompt length; later positions are output), flags, ints (columns of the lane state),
     table (pages) and, in a full step, the sparse edits and the token ids of wanted log-probabilities.
     """
     ints: dict[str, tuple[int, ...]] = {
@@ -74,7 +74,7 @@ def prefill_layouts(
         "start": (rows,),
         "prompt": (rows,),
         "flags": (rows,),
-        "ints": (rows, 3),
+        "ints": (rows, 4),
         "table": (rows, max_pages),
     }
     floats: dict[str, tuple[int, ...]] = {"floats": (rows, 6)}

@@ -27,8 +27,8 @@ class StepKey(NamedTuple):
     """One compiled step.
 
     size: pages (copy), lanes (decode and the refill of its upload), packed tokens (prefill) or rows of the lane
-    state (newest tokens). rows: prefill only. widths: of the sparse edits and of the requested
-    log-probabilities in the lane state.
+    state (newest tokens). rows: prefill only. steps: tokens of each lane in one launch, decode only. widths: of
+    the sparse edits and of the requested log-probabilities in the lane state.
     """
 
     kind: str
@@ -36,9 +36,11 @@ class StepKey(NamedTuple):
     rows: int = 0
     variant: Variant | None = None
     widths: tuple[int, int] = (0, 0)
+    steps: int = 1
 
     def __str__(self) -> str:
-        shape = f"{self.size} x {self.rows}" if self.kind == PREFILL else str(self.size)
+        second = self.rows if self.kind == PREFILL else self.steps
+        shape = str(self.size) if self.kind != PREFILL and second == 1 else f"{self.size} x {second}"
         return f"{self.kind} {shape} {tuple(self.variant) if self.variant else ''}".rstrip()
 
 
@@ -93,14 +95,14 @@ class Programs:
             jitted = jax.jit(copy_step, donate_argnums=(0,), out_shardings=kv_out)
             return jitted.lower(kv, self._upload((2, key.size)))
         if key.kind == NEWEST:
-            return jax.jit(newest_tokens, out_shardings=self.replicated).lower(shapes.state.token)
+            return jax.jit(newest_tokens, out_shardings=self.replicated).lower(shapes.state.drawn)
         if key.kind == REFILL:
             packed = self._upload((layout.decode_layout(key.size).size,))
             jitted = jax.jit(refill, donate_argnums=(0,), keep_unused=True, out_shardings=self.replicated)
             return jitted.lower(packed, packed)
         assert key.variant is not None
         if key.kind == DECODE:
-            function = decode_step(self.spec, key.size, key.variant)
+            function = decode_step(self.spec, key.size, key.steps, key.variant)
             uploads = [self._upload((layout.decode_layout(key.size).size,))]
         else:
             function = prefill_step(self.spec, key.size, key.rows, key.variant)

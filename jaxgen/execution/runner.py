@@ -35,7 +35,14 @@ from jaxgen.execution.runner_config import RunnerConfig
 from jaxgen.execution.sampler import Logprobs, Variant
 from jaxgen.execution.step import StepOutput, StepSpec
 from jaxgen.execution.step_cache import StepCache
-from jaxgen.execution.step_choice import EDIT_WIDTH, LOGPROB_WIDTH, StepChoice, power_of_two, startup_variants
+from jaxgen.execution.step_choice import (
+    EDIT_WIDTH,
+    LOGPROB_WIDTH,
+    StepChoice,
+    launch_steps,
+    power_of_two,
+    startup_variants,
+)
 from jaxgen.layers.attention import KV_PAGE_AXES
 from jaxgen.models.config import ModelConfig
 from jaxgen.models.registry import ARCHITECTURES, build_model
@@ -55,8 +62,8 @@ class Launched:
     """A step on its way: the plan it serves and what it leaves on the device."""
 
     plan: Plan
-    tokens: jax.Array  # int32
-    order: np.ndarray | None  # where in `tokens` the plan's are; None: at the front, in the plan's order
+    tokens: jax.Array  # [N] int32 of a prefill step in the plan's order; [K, R] of a decode launch
+    rows: np.ndarray | None  # of the lanes of a decode launch
     output: StepOutput
     wants_logprobs: bool
     wants_input_logprobs: bool
@@ -65,7 +72,10 @@ class Launched:
 
 @dataclasses.dataclass(frozen=True)
 class StepResult:
-    """The host's view of a finished step; arrays are NumPy, in the plan's order (chunks, then lanes)."""
+    """The host's view of a finished step; arrays are NumPy, in the plan's order (chunks, then lanes).
+
+    tokens: of a decode launch of several steps, those of all lanes step by step.
+    """
 
     tokens: list[int]
     logprobs: Logprobs | None
@@ -104,11 +114,13 @@ class Runner:
         self.device = mesh.devices.flat[0]
         self._replicated = sharding_for(mesh, ())
         self._kv_sharding = sharding_for(mesh, KV_PAGE_AXES)
-        variants = startup_variants(self.device.platform, model_config.vocab_size)
-        self._choice = StepChoice(config, variants, model_config.vocab_size)
         with report.phase("build model"):
             self._programs, params = self._build_model(cache_directory)
         self.weight_bytes = sum(map(shard_bytes, params.values()))
+        platform = self.device.platform
+        self.decode_steps = launch_steps(config, self.weight_bytes, platform)
+        variants = startup_variants(platform, model_config.vocab_size)
+        self._choice = StepChoice(config, variants, self.decode_steps, model_config.vocab_size)
         self._cache = self._open_cache(cache_directory)
         self._uploads: dict[int, jax.Array] = {}
         self._steps: StepTable[StepKey] = StepTable(self._build_step, strict=config.strict_compile)
@@ -193,7 +205,10 @@ class Runner:
     def _shapes_of(self, kv: KVShape, widths: tuple[int, int] = (EDIT_WIDTH, LOGPROB_WIDTH)) -> Shapes:
         config = self.config
         max_pages = min(-(-config.context_length // config.page_size), kv.num_pages)
-        state = lanes.lane_state_shapes(config.rows, max_pages, self.model_config.vocab_size, *widths)
+        most_steps = max(steps for _, steps in self.decode_steps)
+        state = lanes.lane_state_shapes(
+            config.rows, max_pages, self.model_config.vocab_size, *widths, most_steps
+        )
         return Shapes(
             kv,
             jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=self._replicated), state),
@@ -317,14 +332,16 @@ class Runner:
 
     def read(self, launched: Launched) -> StepResult:
         """Waits for a launched step and returns what its plan asked for as host arrays."""
-        output, order = launched.output, launched.order
+        output = launched.output
         tokens = np.asarray(launched.tokens)
+        if launched.rows is not None:
+            tokens = tokens[: launched.plan.steps, launched.rows].ravel()
 
         def host(wanted: bool, arrays):
             return jax.tree.map(np.asarray, arrays) if wanted else None
 
         return StepResult(
-            tokens=(tokens if order is None else tokens[order]).tolist(),
+            tokens=tokens.tolist(),
             logprobs=host(launched.wants_logprobs, output.logprobs),
             input_logprobs=host(launched.wants_input_logprobs, output.input_logprobs),
             hidden=host(launched.wants_hidden, output.hidden),
@@ -335,7 +352,7 @@ class Runner:
         if decode is None or plan.membership_changed:
             variant = self._variant(plan.lanes)
             decode = DecodeUpload(
-                key=self._choice.decode(len(plan.lanes), variant, self._shapes.widths),
+                key=self._choice.decode(len(plan.lanes), plan.steps, variant, self._shapes.widths),
                 rows=np.array([request.row for request in plan.lanes], np.int32),
                 packed=None,
                 wants_logprobs=variant.full and any(r.return_logprob for r in plan.lanes),
@@ -348,7 +365,7 @@ class Runner:
             decode = dataclasses.replace(decode, packed=self._upload(decode.key.size, packed))
         self._decode = decode
         output = self._run(decode.key, decode.packed)
-        tokens = self._steps.get(self._choice.newest_key)(self.state.token)
+        tokens = self._steps.get(self._choice.newest_key)(self.state.drawn)
         return Launched(plan, tokens, decode.rows, output, decode.wants_logprobs, False, decode.wants_hidden)
 
     def _launch_prefill(self, plan: Plan) -> Launched:

@@ -16,6 +16,7 @@ class RunnerConfig:
     context_length: int
     rows: int  # R: rows of lane state, the most requests that can run at once
     decode_buckets: tuple[int, ...]  # lanes
+    decode_steps: int | None  # tokens of each lane in one launch; None chooses by model and batch
     prefill_buckets: tuple[tuple[int, int], ...]  # (packed tokens, rows)
     param_dtype: Any
     kv_dtype: Any

@@ -82,20 +82,22 @@ def slots_of(table: jax.Array, position: jax.Array, active: jax.Array, page_size
     return jnp.where(active, slot, num_pages * page_size)
 
 
-def decode_step(spec: StepSpec, lanes: int, variant: Variant) -> Callable:
-    """(weights, kv, state, packed int32) -> (StepOutput, kv, state): one token for each of B lanes.
+def decode_step(spec: StepSpec, lanes: int, steps: int, variant: Variant) -> Callable:
+    """(weights, kv, state, packed int32) -> (StepOutput, kv, state): a token for each of B lanes, `steps` times.
+
+    A lane stops at the last token it may draw. Tokens end in `state.drawn`; log-probabilities and hidden
+    states leave only launches of one step.
 
     The plain step has no output that is not written over one of its inputs. With every buffer at the address
     of the step before, a GPU replays the captured step as it is; a new one costs the host an update of it.
     """
 
-    def step(weights, kv, state: L.LaneState, packed):
-        fields = layout.decode_layout(lanes).views(packed)
-        rows, updates = fields["rows"], fields["updates"]
-        table = state.page_table.at[updates[:, 0], updates[:, 1]].set(updates[:, 2], mode="drop")
-        active = rows < state.rows
-        position = jnp.where(active, state.length.at[rows].get(mode="clip"), 0)  # [B]
-        batch_table = table.at[rows].get(mode="clip")  # [B, MP]
+    def one(index, weights, kv, state: L.LaneState, rows, batch_table):
+        """The step of this index."""
+        length = state.length.at[rows].get(mode="clip")  # [B]
+        active = (rows < state.rows) & (length < state.ints.at[rows, L.LIMIT].get(mode="clip"))
+        rows = jnp.where(active, rows, state.rows)
+        position = jnp.where(active, length, 0)
         batch = DecodeBatch(page_table=batch_table, lengths=jnp.where(active, position + 1, 0))
         model = spec.model(weights)
         tokens = state.token.at[rows].get(mode="clip")
@@ -105,12 +107,28 @@ def decode_step(spec: StepSpec, lanes: int, variant: Variant) -> Callable:
         state = dataclasses.replace(
             state,
             token=state.token.at[rows].set(drawn, mode="drop"),
+            drawn=state.drawn.at[index, rows].set(drawn, mode="drop"),
             length=state.length.at[rows].set(position + 1, mode="drop"),
-            page_table=table,
             counts=counts,
         )
         output = StepOutput(None, logprobs, None, hidden if spec.return_hidden else None)
         return output, flatten_pages(pages), state
+
+    def step(weights, kv, state: L.LaneState, packed):
+        fields = layout.decode_layout(lanes).views(packed)
+        rows, updates = fields["rows"], fields["updates"]
+        table = state.page_table.at[updates[:, 0], updates[:, 1]].set(updates[:, 2], mode="drop")
+        state = dataclasses.replace(state, page_table=table)
+        batch_table = table.at[rows].get(mode="clip")  # [B, MP]
+        if steps == 1:
+            return one(0, weights, tuple(kv), state, rows, batch_table)
+
+        def body(index, carry):
+            pages, state = carry
+            return one(index, weights, pages, state, rows, batch_table)[1:]
+
+        kv, state = jax.lax.fori_loop(0, steps, body, (tuple(kv), state))
+        return StepOutput(None, None, None, None), kv, state
 
     return step
 
@@ -241,9 +259,9 @@ def _input_logprobs(spec: StepSpec, model, hidden, f, owner, top: int) -> Logpro
     return jax.lax.cond(wanted, compute, lambda _: sampler.no_log_probabilities(tokens, width, top), None)
 
 
-def newest_tokens(state_tokens: jax.Array) -> jax.Array:
-    """A copy [R] of the newest token of every row, for the host: the original goes into the next step."""
-    return state_tokens + 0
+def newest_tokens(drawn: jax.Array) -> jax.Array:
+    """A copy [K, R] of the tokens of a decode launch, for the host: the original goes into the next one."""
+    return drawn + 0
 
 
 def refill(buffer: jax.Array, packed: jax.Array) -> jax.Array:

@@ -8,7 +8,7 @@ from jaxgen.execution.batch import RequestNeeds, needs_of
 from jaxgen.execution.programs import COPY, DECODE, NEWEST, PREFILL, REFILL, StepKey
 from jaxgen.execution.runner_config import RunnerConfig
 from jaxgen.execution.sampler import PLAIN, Variant
-from jaxgen.scheduling.buckets import coarse, pick
+from jaxgen.scheduling.buckets import coarse, decode_steps, pick
 from jaxgen.scheduling.request import Request
 
 # Widths a full step is compiled for at start-up; larger requests widen them at the price of a compile.
@@ -27,14 +27,31 @@ def startup_variants(platform: str, vocab_size: int) -> tuple[Variant, ...]:
     return (full,) if platform == "cpu" else (PLAIN, full)
 
 
+def launch_steps(config: RunnerConfig, weight_bytes: int, platform: str) -> tuple[tuple[int, int], ...]:
+    """(lanes, steps of one launch) of each decode bucket, for lanes that want nothing but tokens."""
+    if config.return_hidden:
+        return tuple((lanes, 1) for lanes in config.decode_buckets)
+    # On a CPU a launch costs next to nothing.
+    explicit = 1 if platform == "cpu" and config.decode_steps is None else config.decode_steps
+    return decode_steps(config.decode_buckets, weight_bytes, config.page_size, explicit)
+
+
 class StepChoice:
     """Picks the least step that serves a batch.
 
-    variants: those compiled per bucket, least first. `widths` of the methods: of the sparse edits and of the
+    variants: those compiled per bucket, least first. steps: (lanes, steps of one launch) of each decode bucket
+    in batches that want nothing but tokens; others decode one step at a time. `widths` of the methods: of the sparse edits and of the
     requested log-probabilities in the lane state.
     """
 
-    def __init__(self, config: RunnerConfig, variants: tuple[Variant, ...], vocab_size: int):
+    def __init__(
+        self,
+        config: RunnerConfig,
+        variants: tuple[Variant, ...],
+        steps: tuple[tuple[int, int], ...],
+        vocab_size: int,
+    ):
+        self._launch_steps = dict(steps)
         self.config, self.variants, self.vocab_size = config, variants, vocab_size
         self.copy_key = StepKey(COPY, config.prefill_buckets[-1][1])
         self.newest_key = StepKey(NEWEST, config.rows)
@@ -50,7 +67,7 @@ class StepChoice:
             if config.precompile_prefill:
                 keys += [StepKey(PREFILL, *b, variant, widths) for b in self._prefill_buckets(variant)]
             if config.precompile_decode:
-                keys += [StepKey(DECODE, b, 0, variant, widths) for b in self._decode_buckets(variant)]
+                keys += self._decode_keys(variant, widths)
         if config.precompile_decode:
             keys += [self.refill_key(lanes) for lanes in config.decode_buckets]
         return sorted(keys, key=lambda key: -key.size)
@@ -73,14 +90,14 @@ class StepChoice:
                 return variant
         return Variant(full=True, top_logprobs=min(power_of_two(top), self.vocab_size))
 
-    def decode(self, lanes: int, variant: Variant, widths: tuple[int, int]) -> StepKey:
-        """The decode step for so many lanes."""
+    def decode(self, lanes: int, steps: int, variant: Variant, widths: tuple[int, int]) -> StepKey:
+        """The decode step for so many lanes and so many tokens of each."""
         buckets = self._decode_buckets(variant)
         if lanes > buckets[-1]:
             bucket = min(power_of_two(lanes), self.config.rows)
         else:
             bucket = pick(buckets, lanes)
-        return StepKey(DECODE, bucket, 0, variant, widths)
+        return StepKey(DECODE, bucket, 0, variant, widths, steps)
 
     def prefill(self, tokens: int, rows: int, variant: Variant, widths: tuple[int, int]) -> StepKey:
         """The prefill step for so many packed tokens of so many rows."""
@@ -110,6 +127,15 @@ class StepChoice:
                     f"{what}: {wanted} are more than the {most} that steps were compiled for at start-up, and "
                     "strict_compile=True forbids compiling now; ask for less, or start without strict_compile"
                 )
+
+    def _decode_keys(self, variant: Variant, widths: tuple[int, int]) -> list[StepKey]:
+        keys = []
+        for lanes in self._decode_buckets(variant):
+            wanted = {1} if variant.full else set()
+            if variant == self.variants[0]:
+                wanted.add(self._launch_steps[lanes])
+            keys += [StepKey(DECODE, lanes, 0, variant, widths, steps) for steps in sorted(wanted)]
+        return keys
 
     def _decode_buckets(self, variant: Variant) -> tuple[int, ...]:
         """Lanes of the decode steps compiled for a variant."""

@@ -1,6 +1,6 @@
 """The host half of the engine: which requests advance in the next step, on which KV pages. No JAX."""
 
-from jaxgen.scheduling.buckets import coarse, decode_buckets, pick, prefill_buckets
+from jaxgen.scheduling.buckets import coarse, decode_buckets, decode_steps, pick, prefill_buckets
 from jaxgen.scheduling.page_pool import PageError
 from jaxgen.scheduling.plan import NEED_COLLECT, Chunk, Plan, SchedulerConfig, Signal
 from jaxgen.scheduling.request import Request, abort_reason
@@ -21,6 +21,7 @@ __all__ = [
     "abort_reason",
     "coarse",
     "decode_buckets",
+    "decode_steps",
     "pick",
     "prefill_buckets",
 ]

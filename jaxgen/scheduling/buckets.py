@@ -5,6 +5,10 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 
+MOST_STEPS = 8
+WEIGHTS_PER_LAUNCH = 8 << 30  # bytes
+TOKENS_PER_LAUNCH = 512
+
 
 def decode_buckets(max_lanes: int, explicit: Iterable[int] | None = None) -> tuple[int, ...]:
     """Ascending lane counts of the decode steps; the last one is `max_lanes`.
@@ -64,6 +68,32 @@ def prefill_buckets(
                 wanted.append(size + size // 2)
             size *= 2
     return (*(b for b in wanted if b < max_tokens), max_tokens)
+
+
+def decode_steps(
+    buckets: Sequence[int], weight_bytes: int, page_size: int, explicit: int | None = None
+) -> tuple[tuple[int, int], ...]:
+    """(lanes, steps) for each decode bucket: how many tokens of each lane one launch decodes.
+
+    A launch costs the host about as much time as a small model's step costs the device. Without an explicit
+    number a launch holds as many steps, a power of two up to 8, as read some 8 GiB of weights (3 ms on a
+    Hopper GPU), and fewer in large batches, whose steps are long. No launch exceeds a page.
+
+    Raises:
+        ValueError: an explicit number below 1 or above `page_size`.
+    """
+    if explicit is not None:
+        if not 1 <= explicit <= page_size:
+            raise ValueError(
+                f"num_continuous_decode_steps must be 1 to page_size ({page_size}), got {explicit}"
+            )
+        return tuple((lanes, explicit) for lanes in buckets)
+
+    def steps(lanes: int) -> int:
+        most = min(MOST_STEPS, WEIGHTS_PER_LAUNCH // weight_bytes, TOKENS_PER_LAUNCH // lanes, page_size)
+        return 1 << (max(most, 1).bit_length() - 1)
+
+    return tuple((lanes, steps(lanes)) for lanes in buckets)
 
 
 def coarse(buckets: Sequence[int]) -> tuple[int, ...]:

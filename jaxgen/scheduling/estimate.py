@@ -27,9 +27,9 @@ class NewTokenRatio:
         self._step = (self.initial - self._least) / DECAY_STEPS
         self.value = self.initial
 
-    def decay(self) -> None:
-        """One decode step was launched."""
-        self.value = max(self.value - self._step, self._least)
+    def decay(self, steps: int = 1) -> None:
+        """Decode steps were launched."""
+        self.value = max(self.value - steps * self._step, self._least)
 
     def after_retraction(self, running: list[Request]) -> None:
         """Start again from the progress of the requests that stay."""

@@ -51,7 +51,7 @@ class KVManager:
         """The match without the page that would be copied."""
         return Match(len(match.pages) * self.page_size, match.pages, match.node, None)
 
-    def attach(self, request: Request, match: Match, limit: int, full_reserve: bool) -> None:
+    def attach(self, request: Request, match: Match, full_reserve: bool) -> None:
         """Give the request a row and the matched pages. `grow` must follow in the same plan."""
         self.cache.lock(match.node)
         self.cache.use(match)
@@ -59,7 +59,7 @@ class KVManager:
             self.cache.lock(match.tail)
             self._copy_sources.append(match.tail)
         request.rows = self.rows
-        request.row = self.rows.take(limit, full_reserve)
+        request.row = self.rows.take(request.kv_limit, full_reserve)
         request.node = match.node
         request.pages = list(match.pages)
         self.rows.kv_len[request.row] = match.length

@@ -15,6 +15,7 @@ class Lanes:
     Attributes:
         requests: the lanes in the order in which they joined; replaced, never changed, so plans may share it.
         rows: [B] int64, the row of each lane.
+        plain: whether no lane asks for more than drawn tokens.
     """
 
     def __init__(self, kv: KVManager) -> None:
@@ -25,6 +26,7 @@ class Lanes:
         self._planned: list[Request] | None = None
         self.requests: list[Request] = []
         self.rows: np.ndarray = np.empty(0, np.int64)
+        self.plain = True
         self._rows32: np.ndarray = np.empty(0, np.int32)
 
     def join(self, request: Request) -> None:
@@ -52,23 +54,26 @@ class Lanes:
         self.requests = list(self._members.values())
         self.rows = np.array([request.row for request in self.requests], np.int64)
         self._rows32 = self.rows.astype(np.int32)
+        self.plain = all(request.plain for request in self.requests)
         self._planned = None  # not the old list: it would keep requests that have left alive
         self._stale = False
 
-    def advance(self, plan: Plan) -> None:
-        """Add one token of every lane to the plan; the caller has refreshed and has checked for pages."""
+    def advance(self, plan: Plan, steps: int = 1) -> None:
+        """Add the next `steps` tokens of every lane to the plan, or as many as it may have.
+
+        The caller has refreshed and has checked for pages; a lane needs at most one.
+        """
         table = self._kv.rows
-        kv_len = table.kv_len[self.rows]
-        full = np.flatnonzero(kv_len >= table.capacity[self.rows])
+        kv_len = np.minimum(table.kv_len[self.rows] + steps, table.limit[self.rows])
+        full = np.flatnonzero(kv_len > table.capacity[self.rows])
         if full.size:
             for index, page in zip(full.tolist(), self._kv.allocate(int(full.size))):
                 request = self.requests[index]
                 plan.page_updates.append((request.row, len(request.pages), page))
                 request.pages.append(page)
             table.capacity[self.rows[full]] += self._kv.page_size
-        kv_len += 1
         table.kv_len[self.rows] = kv_len
-        plan.lanes = self.requests
+        plan.lanes, plan.steps = self.requests, steps
         plan.rows = self._rows32
         plan.lengths = kv_len.astype(np.int32)
         plan.membership_changed = self.requests is not self._planned

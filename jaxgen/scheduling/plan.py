@@ -46,9 +46,11 @@ class Plan:
     Attributes:
         kind: "prefill" (chunks, and lanes riding along when mixed) or "decode" (lanes only).
         chunks: prefill rows; only those with `last` produce a token.
-        lanes: rows that decode one token each. The list is shared by successive plans: never change it.
+        lanes: rows that decode `steps` tokens each, fewer where a row reaches its last allowed token. The list is
+            shared by successive plans: never change it.
+        steps: tokens of each lane; 1 beside chunks.
         rows: [B] int32, `request.row` of each lane.
-        lengths: [B] int32, KV tokens of each lane including the new one (its position is lengths - 1).
+        lengths: [B] int32, KV tokens of each lane after the step (the last new position is lengths - 1).
         page_updates: (row, page index in the request, page id) of pages assigned to lanes by this plan.
         joined: lanes that were in no decode plan since their prefill; all their pages are in `request.pages`.
         copies: (source page, destination page), to be done before the step. No destination is also a source.
@@ -58,6 +60,7 @@ class Plan:
     kind: str
     chunks: list[Chunk] = field(default_factory=list)
     lanes: list[Request] = field(default_factory=list)
+    steps: int = 1
     rows: np.ndarray = field(default_factory=lambda: np.empty(0, np.int32))
     lengths: np.ndarray = field(default_factory=lambda: np.empty(0, np.int32))
     page_updates: list[tuple[int, int, int]] = field(default_factory=list)
@@ -81,6 +84,8 @@ class SchedulerConfig:
         chunked_prefill_size: packed prefill tokens a step; None computes every prompt in one step.
         max_prefill_tokens: packed prefill tokens a step without chunking; a longer prompt runs alone.
         prefill_max_requests: most prefill rows a step.
+        decode_steps: (lanes, steps) by lanes: a plan of up to so many lanes decodes so many tokens of each, if
+            none asks for more than tokens. None of the steps exceeds a page. Beyond the last, and where empty: 1.
         schedule_conservativeness: scales the share of a request's allowed output that admission reserves.
         test_retract: retract a row every so many decode steps; None reads JAXGEN_TEST_RETRACT, 0 is never.
         waiting_timeout, running_timeout: seconds after which a request ends with 503, 0 is never; None reads
@@ -96,6 +101,7 @@ class SchedulerConfig:
     chunked_prefill_size: int | None = None
     max_prefill_tokens: int = 16384
     prefill_max_requests: int | None = None
+    decode_steps: tuple[tuple[int, int], ...] = ()
     schedule_policy: str = "lpm"
     schedule_conservativeness: float = 1.0
     radix_cache: bool = True
@@ -121,6 +127,9 @@ class SchedulerConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be None or at least 1, got {value}")
+        for _, steps in self.decode_steps:
+            if not 1 <= steps <= self.page_size:
+                raise ValueError(f"decode_steps must be 1 to page_size ({self.page_size}), got {steps}")
         for name, allowed in (
             ("schedule_policy", POLICIES),
             ("eviction_policy", EVICTION_POLICIES),

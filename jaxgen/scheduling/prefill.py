@@ -214,8 +214,7 @@ class PrefillPlanner:
         return None
 
     def _start(self, plan: Plan, request: Request, match: Match, now: float) -> None:
-        limit = len(request.prompt_ids) + request.max_new_tokens - 1
-        self._kv.attach(request, match, limit, request.params.ignore_eos)
+        self._kv.attach(request, match, request.params.ignore_eos)
         request.started_at = now
         if request.num_retractions == 0:
             request.cached_tokens = match.length

@@ -8,6 +8,7 @@ step k+1 before it has seen the tokens of step k. Only what depends on the token
 
 from __future__ import annotations
 
+import bisect
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -71,6 +72,7 @@ class Scheduler:
         self._paused_at = 0.0
         self._num_retractions = 0
         self._decode_steps = 0
+        self._most_steps = max((steps for _, steps in config.decode_steps), default=1)
         self._retract_interval = (
             environment.retract_interval() if config.test_retract is None else config.test_retract
         )
@@ -150,10 +152,10 @@ class Scheduler:
         return outcome
 
     def collect(self, plan: Plan, tokens: Sequence[int] | np.ndarray) -> list[Request]:
-        """Take the tokens of a launched plan: one for each last chunk in order, then one for each lane.
+        """Take the tokens of a launched plan: of each last chunk in order, then of each lane, step by step.
 
         Returns the requests that got a token or finished. Tokens of requests that ended meanwhile are
-        dropped.
+        dropped, as are those after the last of a request.
 
         Raises:
             ValueError: the number of tokens is not the plan's.
@@ -161,8 +163,9 @@ class Scheduler:
         values: Sequence[int] = tokens.tolist() if isinstance(tokens, np.ndarray) else tokens
         prefilled = [chunk.request for chunk in plan.chunks if chunk.last]
         split = len(prefilled)
-        if len(values) != split + len(plan.lanes):
-            raise ValueError(f"{len(values)} tokens for a plan that samples {split + len(plan.lanes)}")
+        sampled = split + plan.steps * len(plan.lanes)
+        if len(values) != sampled:
+            raise ValueError(f"{len(values)} tokens for a plan that samples {sampled}")
         changed: list[Request] = []
         for request, token in zip(prefilled, values):
             if request.finish_reason is None:
@@ -171,10 +174,12 @@ class Scheduler:
                 else:
                     request.append(token)
                 changed.append(request)
-        for request, token in zip(plan.lanes, values[split:] if split else values):
-            if request.finish_reason is None:
-                request.append(token)
-                changed.append(request)
+        alive = [request for request in plan.lanes if request.finish_reason is None]
+        for start in range(split, sampled, len(plan.lanes) or 1):
+            for request, token in zip(plan.lanes, values[start : start + len(plan.lanes)]):
+                if request.finish_reason is None:
+                    request.append(token)
+        changed += alive
         for request in changed:
             if request.finish_reason is not None:
                 self._finish(request)
@@ -195,22 +200,32 @@ class Scheduler:
         return outcome
 
     def _plan_decode(self) -> Plan | Signal | None:
-        """One token for every lane, after retracting as many requests as the pool demands."""
+        """The next tokens of every lane, after retracting as many requests as the pool demands."""
         self._lanes.refresh()
         if not self._lanes.requests:
             return None
+        steps = self._steps()
         forced = self._retraction_is_due()
-        if forced or self._kv.lanes_missing(self._lanes.rows) > self._kv.available:
+        if forced or self._kv.lanes_missing(self._lanes.rows, steps) > self._kv.available:
             if any(request.inflight for request in self._running.values()):
                 return NEED_COLLECT
             self._make_room(forced)
             if not self._lanes.requests:
                 return None
+            steps = self._steps()
         self._decode_steps += 1
-        self._ratio.decay()
+        self._ratio.decay(steps)
         plan = Plan("decode")
-        self._lanes.advance(plan)
+        self._lanes.advance(plan, steps)
         return plan
+
+    def _steps(self) -> int:
+        """Tokens of each lane in the next decode plan."""
+        if not self._lanes.plain:
+            return 1
+        table = self.config.decode_steps
+        index = bisect.bisect_left(table, len(self._lanes.requests), key=lambda entry: entry[0])
+        return table[index][1] if index < len(table) else 1
 
     def _retraction_is_due(self) -> bool:
         """Whether the test switch asks for a retraction now; the last running request always stays."""
@@ -221,15 +236,16 @@ class Scheduler:
         """Retract until the lanes that stay have pages for some steps; a last one that lacks them ends."""
         urgency = self._waiting.urgency
         victims = retraction_order(self._running.values(), self.config.retraction_policy, urgency)
-        ahead = RETRACT_DECODE_STEPS
+        ahead = self._most_steps
         if forced:
             self._retract(victims.pop(0))
-            ahead = 1
+        else:
+            ahead = max(ahead, RETRACT_DECODE_STEPS)
         self._lanes.refresh()
         while len(victims) > 1 and self._kv.lanes_missing(self._lanes.rows, ahead) > self._kv.available:
             self._retract(victims.pop(0))
             self._lanes.refresh()
-        if self._kv.lanes_missing(self._lanes.rows) > self._kv.available:
+        if self._kv.lanes_missing(self._lanes.rows, self._steps()) > self._kv.available:
             self._give_up(victims[0])
             self._lanes.refresh()
         self._ratio.after_retraction(list(self._running.values()))

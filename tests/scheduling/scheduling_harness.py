@@ -28,6 +28,8 @@ class Params:
     frequency_penalty: float = 0.0
     presence_penalty: float = 0.0
     repetition_penalty: float = 1.0
+    logit_bias: dict[int, float] | None = None
+    min_new_tokens: int = 0
 
 
 def step_hash(previous: int, token: int) -> int:
@@ -60,13 +62,14 @@ def expected_output(request: Request) -> tuple[list[int], str]:
 
 
 class FakeDevice:
-    """Pages [P, S] of hashes, a page table [max_rows, MP] and the last token of each row."""
+    """Pages [P, S] of hashes, a page table [max_rows, MP], last token and KV length of each row."""
 
     def __init__(self, config: SchedulerConfig) -> None:
         self.page_size = config.page_size
         self.pages = np.full((config.num_pages, config.page_size), -1, np.int64)
         self.table = np.full((config.max_rows, config.num_pages), -1, np.int64)
         self.last = [-1] * config.max_rows
+        self.length = [0] * config.max_rows
         self.limit = config.chunked_prefill_size
         self.lanes: list[Request] = []
 
@@ -84,13 +87,22 @@ class FakeDevice:
         tokens = []
         for chunk in plan.chunks:
             value = self._run_chunk(chunk)
+            self.length[chunk.request.row] = chunk.stop
             if chunk.last:
                 self.last[chunk.request.row] = next_token(value)
                 tokens.append(self.last[chunk.request.row])
         self._update_table(plan)
+        assert plan.steps == 1 or not plan.chunks
+        assert plan.steps == 1 or all(request.plain for request in plan.lanes)
+        for _ in range(plan.steps):
+            for request, row in zip(plan.lanes, plan.rows.tolist()):
+                assert request.row == row
+                if self.length[row] < request.kv_limit:
+                    self.length[row] += 1
+                    self._run_lane(request, row, self.length[row])
+                tokens.append(self.last[row])
         for request, row, length in zip(plan.lanes, plan.rows.tolist(), plan.lengths.tolist()):
-            assert request.row == row and request.kv_len == length
-            tokens.append(self._run_lane(request, row, length))
+            assert request.kv_len == length == self.length[row]
         return tokens
 
     def _run_chunk(self, chunk: Any) -> int:
@@ -112,7 +124,7 @@ class FakeDevice:
         for row, index, page in plan.page_updates:
             self.table[row, index] = page
 
-    def _run_lane(self, request: Request, row: int, length: int) -> int:
+    def _run_lane(self, request: Request, row: int, length: int) -> None:
         token = self.last[row]
         assert request.finish_reason is not None or len(request.output_ids) <= request.max_new_tokens
         assert length - len(request.prompt_ids) < request.max_new_tokens, "a lane runs past its limit"
@@ -127,7 +139,6 @@ class FakeDevice:
         value = step_hash(history[-1], token)
         flat[slots[-1]] = value
         self.last[row] = next_token(value)
-        return self.last[row]
 
     def _slots(self, pages: np.ndarray, length: int) -> np.ndarray:
         assert len(pages) * self.page_size >= length, "a row has too few pages"

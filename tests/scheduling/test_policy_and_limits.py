@@ -16,6 +16,7 @@ from jaxgen.scheduling import (
     SchedulerConfig,
     coarse,
     decode_buckets,
+    decode_steps,
     pick,
     prefill_buckets,
 )
@@ -240,6 +241,18 @@ def test_zero_seconds_and_bad_values_in_the_environment(monkeypatch: pytest.Monk
     clock.now += 1e6
     assert harness.scheduler.schedule() not in (None, NEED_COLLECT)
     assert request.finish_reason is None
+
+
+def test_decode_steps_of_a_launch() -> None:
+    gib = 1 << 30
+    assert decode_steps((1, 64, 128, 256, 512), gib, 64) == ((1, 8), (64, 8), (128, 4), (256, 2), (512, 1))
+    assert decode_steps((1, 256), 3 * gib, 64) == ((1, 2), (256, 2))
+    assert decode_steps((1, 256), 16 * gib, 64) == ((1, 1), (256, 1))
+    assert decode_steps((1,), gib, 4) == ((1, 4),)
+    assert decode_steps((1, 64), 16 * gib, 64, explicit=3) == ((1, 3), (64, 3))
+    for wrong in (0, 65):
+        with pytest.raises(ValueError, match="num_continuous_decode_steps"):
+            decode_steps((1,), gib, 64, explicit=wrong)
 
 
 def test_buckets() -> None:

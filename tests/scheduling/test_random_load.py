@@ -17,6 +17,7 @@ def random_config(rng: random.Random) -> SchedulerConfig:
     longest = 64
     policy = rng.choice(["fcfs", "lpm", "random", "dfs-weight", "lof"])
     priority = policy in ("fcfs", "lof") and rng.random() < 0.5
+    steps = [s for s in (1, 2, 3, 8) if s <= page_size]
     least_pages = -(-longest // page_size) + 3
     return SchedulerConfig(
         num_pages=rng.choice([least_pages, least_pages * 2, least_pages * 8]),
@@ -27,6 +28,7 @@ def random_config(rng: random.Random) -> SchedulerConfig:
         chunked_prefill_size=rng.choice([None, page_size, 4 * page_size, 32, 64]),
         max_prefill_tokens=rng.choice([8, 40, 200]),
         prefill_max_requests=rng.choice([None, 1, 3]),
+        decode_steps=tuple((lanes, rng.choice(steps)) for lanes in (1, 2, 16)) if rng.random() < 0.5 else (),
         schedule_policy=policy,
         schedule_conservativeness=rng.choice([0.0, 0.3, 1.0]),
         radix_cache=rng.random() < 0.8,
