@@ -293,15 +293,22 @@ class Engine:
         self._check_alive()
         return model_info(self.server_args)
 
-    def start_profile(self, output_dir: str | None = None, **_: Any) -> None:
-        """Starts a JAX profiler trace into `output_dir`; RuntimeError if one is running."""
-        self._check_alive()
-        jax.profiler.start_trace(output_dir or os.path.join(os.getcwd(), "jaxgen-profile"))
+    def start_profile(
+        self,
+        output_dir: str | None = None,
+        *,
+        profiler_options: jax.profiler.ProfileOptions | None = None,
+        **_: Any,
+    ) -> None:
+        """Starts a JAX profiler trace into `output_dir` between two steps; RuntimeError if one is running."""
+        directory = output_dir or os.path.join(os.getcwd(), "jaxgen-profile")
+        self._check_alive().call_idle(
+            lambda: jax.profiler.start_trace(directory, profiler_options=profiler_options)
+        )
 
     def stop_profile(self) -> None:
-        """Ends the trace; RuntimeError without one."""
-        self._check_alive()
-        jax.profiler.stop_trace()
+        """Ends the trace between two steps; RuntimeError without one."""
+        self._check_alive().call_idle(jax.profiler.stop_trace)
 
     def freeze_gc(self) -> None:
         """Collects, then exempts everything alive from garbage collection."""

@@ -129,6 +129,16 @@ class EngineLoop:
                 if not self._thread.is_alive() and not future.done():
                     raise EngineDeadError("The engine has stopped") from self.error
 
+    def call_idle(self, function: Callable[[], T]) -> T:
+        """As `call`, while the device does nothing: a profiler must not attach to a step under way."""
+
+        def run() -> T:
+            self._collect()
+            self.runner.wait()
+            return function()
+
+        return self.call(run)
+
     def pause(self, mode: str) -> None:
         """Holds generation: "abort" ends every request, "retract" requeues the running, "in_place" freezes them."""
         self.call(lambda: self._deliver(self.scheduler.pause(mode)))

@@ -81,10 +81,10 @@ def require_gpu() -> None:
         raise RuntimeError(f"--profile needs a GPU, whose kernels it reads off a trace; this is a {platform}")
 
 
-def warm_up() -> None:
+def warm_up(engine: Engine) -> None:
     """Starts the profiler once: the first start takes long, and steady decode would be over."""
     with tempfile.TemporaryDirectory(prefix="jaxgen-profile-") as directory:
-        _trace(directory, 0.0)
+        _trace(engine, directory, 0.0)
 
 
 def decode(engine: Engine, workload: Workload, step_seconds: float, num_layers: int) -> Profile:
@@ -105,22 +105,22 @@ def decode(engine: Engine, workload: Workload, step_seconds: float, num_layers: 
         while len(seen) < workload.requests or min(seen.values()) < 2:
             seen[next(chunks)["index"]] += 1
         with tempfile.TemporaryDirectory(prefix="jaxgen-profile-") as directory:
-            _trace(directory, max(TRACE_SECONDS, LEAST_STEPS * step_seconds))
+            _trace(engine, directory, max(TRACE_SECONDS, LEAST_STEPS * step_seconds))
             events = read(Path(directory))
     finally:
         chunks.close()
     return analyse(events, step_seconds, num_layers)
 
 
-def _trace(directory: str, seconds: float) -> None:
+def _trace(engine: Engine, directory: str, seconds: float) -> None:
     options = jax.profiler.ProfileOptions()
     options.python_tracer_level = options.host_tracer_level = 0  # they would slow down the host
     options.enable_hlo_proto = False
-    jax.profiler.start_trace(directory, profiler_options=options)
+    engine.start_profile(directory, profiler_options=options)
     try:
         time.sleep(seconds)
     finally:
-        jax.profiler.stop_trace()
+        engine.stop_profile()
 
 
 def read(directory: Path) -> list[Event]:

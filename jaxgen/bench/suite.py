@@ -155,7 +155,7 @@ def _progress(workload: Workload, runs: list[Run]) -> None:
 
 
 def _profiles(engine: Engine, measured: list[tuple[Workload, list[Run]]], num_layers: int) -> dict[str, Any]:
-    profiling.warm_up()
+    profiling.warm_up(engine)
     return {
         workload.name: dataclasses.asdict(
             profiling.decode(engine, workload, _median(runs, "decode"), num_layers)

@@ -347,6 +347,10 @@ class Runner:
             hidden=host(launched.wants_hidden, output.hidden),
         )
 
+    def wait(self) -> None:
+        """Waits until the device has done everything launched."""
+        jax.block_until_ready((self.state, self.kv))
+
     def _launch_decode(self, plan: Plan) -> Launched:
         decode = self._decode
         if decode is None or plan.membership_changed:

@@ -40,8 +40,8 @@ class StepChoice:
     """Picks the least step that serves a batch.
 
     variants: those compiled per bucket, least first. steps: (lanes, steps of one launch) of each decode bucket
-    in batches that want nothing but tokens; others decode one step at a time. `widths` of the methods: of the sparse edits and of the
-    requested log-probabilities in the lane state.
+    in batches that want nothing but tokens; others decode one step at a time. `widths` of the methods: of the
+    sparse edits and of the requested log-probabilities in the lane state.
     """
 
     def __init__(

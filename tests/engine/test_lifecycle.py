@@ -248,3 +248,15 @@ def test_a_tokenizer_is_where_programs_look_for_it():
         assert tokenizer.decode(tokenizer.encode("The fox", add_special_tokens=False)) == "The fox"
         assert engine.tokenizer_manager.server_args.tokenizer_path == str(TOKENIZER)
         assert engine.tokenizer_manager.model_config.vocab_size == 384
+
+
+def test_a_profile_can_start_and_end_while_requests_run(tmp_path):
+    with start() as engine:
+        chunks = engine.generate(input_ids=CASE["prompt_ids"], sampling_params=greedy(32), stream=True)
+        next(chunks)
+        engine.start_profile(str(tmp_path))
+        next(chunks)
+        engine.stop_profile()
+        *_, last = chunks
+        assert last["output_ids"] == CASE["greedy_ids"][:32]
+    assert list(tmp_path.rglob("*.xplane.pb"))
