@@ -45,7 +45,7 @@ class Linear(nnx.Module):
         y = jax.lax.dot_general(
             x, weight, (contracted, ((), ())), preferred_element_type=out_dtype or x.dtype
         )
-        y = y.reshape(*x.shape[:-1], *out_shape)
         if self.bias is not None:
-            y = y + self.bias[...].astype(y.dtype)
-        return y
+            # Before the reshape: XLA then adds it inside the product.
+            y = y + self.bias[...].reshape(weight.shape[:-1]).astype(y.dtype)
+        return y.reshape(*x.shape[:-1], *out_shape)
