@@ -1,5 +1,6 @@
 """Attention, KV-cache and sampling kernels for paged LLM inference. Depends on jax alone."""
 
+from kernels_pallas.layer_ops import fused_linear
 from kernels_pallas.ops import (
     Implementation,
     LogProbabilities,
@@ -17,6 +18,7 @@ __all__ = [
     "Implementation",
     "LogProbabilities",
     "copy_pages",
+    "fused_linear",
     "gumbel_noise",
     "log_probabilities",
     "paged_decode",

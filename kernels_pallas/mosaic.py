@@ -39,6 +39,21 @@ def device_without_kernels() -> str | None:
     return None if capability == "9.0" else f"the device has compute capability {capability}, not 9.0"
 
 
+def multiprocessors() -> int:
+    """Blocks of threads, each as large as can be, that the default device runs at once."""
+    return getattr(default_device(), "core_count", None) or 132  # off the GPU: those of an H100
+
+
+def row_per_warp(size: int):
+    """Register layout of [4, columns] with a row in each warp, and its columns; they divide `size`.
+
+    `size` is a multiple of 64. A sum over the columns needs shuffles only, so that every warpgroup of a block may
+    take one.
+    """
+    vector = next(n for n in (8, 4, 2) if size % (32 * n) == 0)
+    return plgpu.Layout.TILED(plgpu.Tiling(((4, 32 * vector), (vector,))), (-3,), (-2,), -1), 32 * vector
+
+
 def unsupported_paging(page_size: int, group: int) -> str | None:
     """Why the attention kernels cannot take pages or groups of query heads of these sizes; None if they can."""
     if page_size not in (8, 16, 32, 64, 128):

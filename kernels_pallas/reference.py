@@ -376,3 +376,28 @@ def log_probabilities(
     return LogProbabilities(
         (chosen - normaliser)[:, 0], values - normaliser, ids.astype(jnp.int32), normaliser[:, 0]
     )
+
+
+def fused_linear(
+    x: jax.Array,
+    weight: jax.Array,
+    norm: jax.Array | None,
+    epsilon: float,
+    bias: jax.Array | None,
+    gated: bool,
+    residual: jax.Array | None,
+) -> jax.Array:
+    """A product with what stands around it in a decoder layer. See `kernels_pallas.fused_linear`."""
+    h = x
+    if norm is not None:
+        x32 = x.astype(jnp.float32)
+        inverse = lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + epsilon)
+        h = (x32 * inverse * norm.astype(jnp.float32)).astype(x.dtype)
+    matrix = weight.reshape(-1, weight.shape[-1])
+    y = lax.dot_general(h, matrix, (((1,), (1,)), ((), ())), preferred_element_type=x.dtype)
+    if bias is not None:
+        y = y + bias.reshape(-1).astype(y.dtype)
+    y = y.reshape(x.shape[0], *weight.shape[:-1])
+    if gated:
+        y = jax.nn.silu(y[:, 0]) * y[:, 1]
+    return y if residual is None else residual + y

@@ -1,0 +1,142 @@
+"""A decoder layer's products with what stands around them: reference, interpreted kernel, lowering, a GPU."""
+
+import jax
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kernels_pallas import fused_linear, gemv_kernel, mosaic
+from kernels_pallas.gemv_kernel import Ring
+from tests.kernels import oracle
+from tests.kernels.interpreter import no_races
+
+EPSILON = 1e-5
+SHAPES = {  # D, F, A, rows of q, k and v
+    "Qwen2.5-0.5B": (896, 4864, 896, 1152),
+    "Llama-3-8B": (4096, 14336, 4096, 6144),
+    "Llama-3.2-1B": (2048, 8192, 2048, 3072),
+}
+
+
+def operands_of(
+    tokens, size, out, *, gated=False, norm=True, bias=True, residual=True, dtype=ml_dtypes.bfloat16
+):
+    """x, weight and keyword operands, of size 1 where the product keeps it."""
+    rng = np.random.default_rng(size + out)
+
+    def draw(*shape, scale=1.0):
+        return (rng.normal(size=shape) * scale).astype(dtype)
+
+    shape = (2, out) if gated else (out,)
+    x, weight = draw(tokens, size), draw(*shape, size, scale=size**-0.5)
+    wanted = {"norm": norm and draw(size), "bias": bias and draw(*shape), "residual": residual}
+    wanted["residual"] = residual and draw(tokens, out)
+    keywords = {name: value for name, value in wanted.items() if value is not False}
+    return x, weight, keywords | {"gated": gated, "epsilon": EPSILON}
+
+
+def expected(x, weight, *, gated, epsilon, norm=None, bias=None, residual=None):
+    """In float64."""
+    x, weight = x.astype(np.float64), weight.astype(np.float64)
+    if norm is not None:
+        x = x / np.sqrt((x**2).mean(-1, keepdims=True) + epsilon) * norm.astype(np.float64)
+    y = np.einsum("td,...d->t...", x, weight)
+    if bias is not None:
+        y = y + bias.astype(np.float64)
+    if gated:
+        y = y[:, 0] / (1 + np.exp(-y[:, 0])) * y[:, 1]
+    return y if residual is None else y + residual.astype(np.float64)
+
+
+flags = st.fixed_dictionaries({name: st.booleans() for name in ("gated", "norm", "bias", "residual")})
+
+
+@settings(max_examples=30, deadline=None)
+@given(tokens=st.integers(1, 3), size=st.integers(2, 40), out=st.integers(2, 40), flags=flags)
+def test_reference_is_the_float64_product(tokens, size, out, flags):
+    x, weight, keywords = operands_of(tokens, size, out, dtype=np.float32, **flags)
+    got = fused_linear(x, weight, **keywords, implementation="reference")
+    assert oracle.relative_error(got, expected(x, weight, **keywords)) < 1e-5
+
+
+@settings(max_examples=6, deadline=None)
+@given(
+    case=st.sampled_from(
+        [(256, 24, Ring(128, 1), 2), (256, 24, Ring(256, 2), 1), (384, 16, Ring(384, 1), 2)]
+    ),
+    flags=flags,
+)
+def test_interpreted_kernel_is_the_product_and_has_no_races(case, flags):
+    size, out, ring, blocks = case
+    x, weight, keywords = operands_of(1, size, out, **flags)
+    parts = 2 if keywords["gated"] else 1
+    bias = keywords.get("bias")
+    bias = None if bias is None else jnp.asarray(bias.reshape(parts, out))
+    norm, residual = (
+        None if keywords.get(name) is None else jnp.asarray(keywords[name]) for name in ("norm", "residual")
+    )
+    weights = jnp.asarray(weight.reshape(parts, out, size))
+    params = plgpu.InterpretGPUParams(detect_races=True)
+    with no_races():
+        got = gemv_kernel._run(jnp.asarray(x), weights, norm, bias, residual, EPSILON, ring, blocks, params)
+    assert oracle.relative_error(got, expected(x, weight, **keywords)) < 1e-2
+
+
+def products(name):
+    """A layer's four products: (D, N, flags)."""
+    size, inner, heads, qkv = SHAPES[name]
+    return (
+        (size, qkv, {"residual": False, "bias": name.startswith("Qwen")}),
+        (heads, size, {"norm": False, "bias": False}),
+        (size, inner, {"gated": True, "bias": False, "residual": False}),
+        (inner, size, {"norm": False, "bias": False}),
+    )
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_default_configuration_lowers_for_hopper(name):
+    for size, out, chosen in products(name):
+        x, weight, keywords = operands_of(1, size, out, **chosen)
+        arrays = {key: value for key, value in keywords.items() if isinstance(value, np.ndarray)}
+        gated = keywords["gated"]
+
+        def run(x, weight, arrays, gated=gated):
+            return fused_linear(x, weight, **arrays, gated=gated, epsilon=EPSILON, implementation="mosaic")
+
+        lowered = jax.jit(run).trace(x, weight, arrays).lower(lowering_platforms=("cuda",))
+        assert "mosaic_gpu" in lowered.as_text()
+
+
+def test_operands_the_kernel_cannot_take_are_named():
+    def run(*args, **keywords):
+        return fused_linear(*args, **keywords, implementation="mosaic")
+
+    x, weight, keywords = operands_of(2, 128, 128)
+    with pytest.raises(ValueError, match="2 lanes"):
+        run(x, weight, **keywords)
+    with pytest.raises(ValueError, match="columns by 128"):
+        run(x[:1, :64], weight[:, :64])
+    with pytest.raises(ValueError, match="not bfloat16"):
+        run(x[:1].astype(np.float32), weight)
+    with pytest.raises(ValueError, match=r"weight \[\*out, D\]"):
+        run(x[:, 1:], weight)
+    with pytest.raises(ValueError, match=r"gated weight must be \[2, N, D\]"):
+        run(x, weight, gated=True)
+    for name in ("norm", "bias", "residual"):
+        with pytest.raises(ValueError, match=f"{name} must be"):
+            run(x, weight, **{name: keywords[name][..., 1:]})
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(mosaic.device_without_kernels() is not None, reason="needs a Hopper GPU")
+@pytest.mark.parametrize("name", SHAPES)
+def test_kernel_on_the_gpu_is_the_product(name):
+    for size, out, chosen in products(name):
+        x, weight, keywords = operands_of(1, size, out, **chosen)
+        device = {k: jnp.asarray(v) if isinstance(v, np.ndarray) else v for k, v in keywords.items()}
+        got = fused_linear(jnp.asarray(x), jnp.asarray(weight), **device, implementation="mosaic")
+        assert oracle.relative_error(got, expected(x, weight, **keywords)) < 1e-2
