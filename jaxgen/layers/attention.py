@@ -169,8 +169,12 @@ class Attention(nnx.Module):
         """`qk_norm_epsilon`: None leaves q and k unnormalised. `window`: None sees the whole context."""
         group = num_heads // num_kv_heads
         qkv_axes = ("kv_heads", None, None, "embed")
-        self.qkv = Linear((num_kv_heads, group + 2, head_dim), hidden_size, qkv_axes, dtype, bias=qkv_bias)
-        self.out = Linear((hidden_size,), num_heads * head_dim, ("embed", "heads"), dtype, bias=out_bias)
+        self.qkv = Linear(
+            (num_kv_heads, group + 2, head_dim), hidden_size, qkv_axes, dtype, bias=qkv_bias, mesh=mesh
+        )
+        self.out = Linear(
+            (hidden_size,), num_heads * head_dim, ("embed", "heads"), dtype, bias=out_bias, mesh=mesh
+        )
         if qk_norm_epsilon is None:
             self.q_norm = self.k_norm = None
         else:
@@ -189,11 +193,12 @@ class Attention(nnx.Module):
         k_pages: jax.Array,
         v_pages: jax.Array,
         batch: AttentionBatch,
+        norm: RMSNorm,
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """x [T, D], cos and sin [T, rotary_dim / 2]; returns [T, D] and the updated pages."""
-        qkv = self.qkv(x)  # [T, K, G + 2, H]
+        """x [T, D], cos and sin [T, rotary_dim / 2]; returns x + attention(norm(x)) [T, D] and the updated pages."""
+        qkv = self.qkv(x, norm=norm)  # [T, K, G + 2, H]
         o, k_pages, v_pages = self._attend(qkv, cos, sin, k_pages, v_pages, batch)
-        return self.out(o.reshape(x.shape[0], -1)), k_pages, v_pages
+        return self.out(o.reshape(x.shape[0], -1), residual=x), k_pages, v_pages
 
     def _attend(self, qkv, cos, sin, k_pages, v_pages, batch):
         attend: Callable = attend_decode if isinstance(batch, DecodeBatch) else attend_prefill

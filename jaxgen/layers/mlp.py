@@ -6,6 +6,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from jaxgen.layers.linear import Linear
+from jaxgen.layers.norm import RMSNorm
 
 
 class GatedMLP(nnx.Module):
@@ -22,11 +23,16 @@ class GatedMLP(nnx.Module):
     ):
         # The pair is its own axis, in front: a tensor-parallel cut of F leaves each half with its partner.
         self.gate_up = Linear(
-            (2, intermediate_size), hidden_size, (None, "mlp", "embed"), dtype, bias=bias, mesh=mesh
+            (2, intermediate_size),
+            hidden_size,
+            (None, "mlp", "embed"),
+            dtype,
+            bias=bias,
+            gated=True,
+            mesh=mesh,
         )
-        self.down = Linear((hidden_size,), intermediate_size, ("embed", "mlp"), dtype, bias=bias)
+        self.down = Linear((hidden_size,), intermediate_size, ("embed", "mlp"), dtype, bias=bias, mesh=mesh)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """`x` [T, D] -> [T, D]."""
-        gate_up = self.gate_up(x)  # [T, 2, F]
-        return self.down(jax.nn.silu(gate_up[:, 0]) * gate_up[:, 1])
+    def __call__(self, x: jax.Array, norm: RMSNorm) -> jax.Array:
+        """`x` [T, D] -> x + the block's output for norm(x), [T, D]."""
+        return self.down(self.gate_up(x, norm=norm), residual=x)

@@ -58,9 +58,8 @@ class DecoderLayer(nnx.Module):
         batch: AttentionBatch,
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """x [T, D] -> [T, D] and the updated pages."""
-        attended, k_pages, v_pages = self.attention(self.attention_norm(x), cos, sin, k_pages, v_pages, batch)
-        x = x + attended
-        return x + self.mlp(self.mlp_norm(x)), k_pages, v_pages
+        x, k_pages, v_pages = self.attention(x, cos, sin, k_pages, v_pages, batch, self.attention_norm)
+        return self.mlp(x, self.mlp_norm), k_pages, v_pages
 
 
 @partial(jax.jit, static_argnums=0)
