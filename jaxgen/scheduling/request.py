@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import array
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -93,7 +94,7 @@ class Request:
     started_at: float = -1.0
     match_version: int = -1
     match_length: int = 0
-    prompt_key: bytes = b""
+    prompt_array: np.ndarray | None = None
 
     def __repr__(self) -> str:
         return (
@@ -153,23 +154,21 @@ class Request:
         p = self.params
         return p.frequency_penalty != 0.0 or p.presence_penalty != 0.0 or p.repetition_penalty != 1.0
 
-    def token_ids(self, start: int, stop: int) -> list[int]:
-        """Ids at positions [start, stop) of prompt followed by output."""
+    def token_ids(self, start: int, stop: int) -> np.ndarray:
+        """Ids at positions [start, stop) of prompt followed by output, int64."""
+        if self.prompt_array is None:  # by way of array.array, which reads a list four times as fast as NumPy
+            self.prompt_array = np.frombuffer(array.array("q", self.prompt_ids), np.int64)
         prompt = len(self.prompt_ids)
         if stop <= prompt:
-            return self.prompt_ids[start:stop]
-        if start >= prompt:
-            return self.output_ids[start - prompt : stop - prompt]
-        return self.prompt_ids[start:] + self.output_ids[: stop - prompt]
+            return self.prompt_array[start:stop]
+        output = np.frombuffer(
+            array.array("q", self.output_ids[max(start - prompt, 0) : stop - prompt]), np.int64
+        )
+        return output if start >= prompt else np.concatenate([self.prompt_array[start:], output])
 
     def key(self, length: int) -> bytes:
         """The first `length` ids as big-endian int32 bytes: a key of the prefix cache."""
-        if not self.prompt_key:
-            self.prompt_key = np.array(self.prompt_ids, dtype=">i4").tobytes()
-        extra = length - len(self.prompt_ids)
-        if extra <= 0:
-            return self.prompt_key[: 4 * length]
-        return self.prompt_key + np.array(self.output_ids[:extra], dtype=">i4").tobytes()
+        return self.token_ids(0, length).astype(">i4").tobytes()
 
     def append(self, token: int) -> None:
         """Take one sampled token; the first that holds ends the request: NaN, text stop, stop id, length."""

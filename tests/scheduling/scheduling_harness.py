@@ -107,7 +107,7 @@ class FakeDevice:
 
     def _run_chunk(self, chunk: Any) -> int:
         request = chunk.request
-        content = hashes(request.namespace, request.token_ids(0, chunk.stop))
+        content = hashes(request.namespace, request.token_ids(0, chunk.stop).tolist())
         slots = self._slots(np.array(request.pages), chunk.stop)
         flat = self.pages.reshape(-1)
         assert flat[slots[: chunk.start]].tolist() == content[: chunk.start], "a chunk reads a wrong history"
