@@ -42,7 +42,7 @@ class Sink(Protocol):
         """Log-probabilities of the tokens after positions start, start + 1, ... of the prompt."""
 
     def add_output_logprobs(self, logprobs: Logprobs, row: int) -> None:
-        """Log-probabilities of one generated token: those of `row`."""
+        """Log-probabilities of one generated token: those of `row` of the lists."""
 
     def add_hidden(self, vectors: np.ndarray) -> None:
         """Final-norm vectors of a prompt's last chunk, [T0, D]."""
@@ -211,14 +211,17 @@ class EngineLoop:
         if launched is None:
             return
         result = self.runner.read(launched)
-        record_extras(launched, result)
         plan = launched.plan
+        extras = Extras(plan, result)
+        extras.record_chunks()
         tokens = result.tokens
         if plan.chunks:
             last = [tokens[i] for i, chunk in enumerate(plan.chunks) if chunk.last]
             tokens = last + tokens[len(plan.chunks) : len(plan.chunks) + len(plan.lanes)]
         self.throughput.count(len(tokens))
-        self._deliver(self.scheduler.collect(plan, tokens))
+        changed = self.scheduler.collect(plan, tokens)
+        extras.record_lanes()
+        self._deliver(changed)
 
     def _deliver(self, requests: Iterable[Request]) -> None:
         for request in requests:
@@ -290,38 +293,54 @@ class EngineLoop:
         self._pending = None  # its results are device memory
 
 
-def record_extras(launched: Launched, result: StepResult) -> None:
+class Extras:
     """Files a step's log-probabilities and hidden states with the requests that asked for them."""
-    if result.logprobs is None and result.hidden is None and result.input_logprobs is None:
-        return
-    plan, offset = launched.plan, 0
-    for row, chunk in enumerate(plan.chunks):
-        if chunk.request.finish_reason is None:
-            _record_chunk(chunk, row, offset, result)
-        offset += chunk.length
-    first_lane = len(plan.chunks)
-    for lane, request in enumerate(plan.lanes):
-        if request.finish_reason is not None:
-            continue
-        if request.return_logprob and result.logprobs is not None:
-            request.sink.add_output_logprobs(result.logprobs, first_lane + lane)
+
+    def __init__(self, plan: Plan, result: StepResult):
+        self._plan, self._result = plan, result
+        self._logprobs = None if result.logprobs is None else result.logprobs.lists()
+        self._empty = result.logprobs is None and result.hidden is None and result.input_logprobs is None
+        # The lanes that go on, and how many tokens each had before this step.
+        lanes = () if self._empty else enumerate(plan.lanes)
+        self._lanes = [(i, r, len(r.output_ids)) for i, r in lanes if r.finish_reason is None]
+
+    def record_chunks(self) -> None:
+        """What prefill rows asked for; before the scheduler takes their tokens."""
+        if self._empty:
+            return
+        offset = 0
+        for row, chunk in enumerate(self._plan.chunks):
+            if chunk.request.finish_reason is None:
+                self._record_chunk(chunk, row, offset)
+            offset += chunk.length
+
+    def record_lanes(self) -> None:
+        """What decode lanes asked for, for each token that the scheduler has taken from this step."""
+        plan, result, logprobs = self._plan, self._result, self._logprobs
+        num_lanes, first_row = len(plan.lanes), len(plan.chunks)
+        first_token = sum(chunk.length for chunk in plan.chunks)
+        for lane, request, before in self._lanes:
+            for place in range(lane, lane + (len(request.output_ids) - before) * num_lanes, num_lanes):
+                if request.return_logprob and logprobs is not None:
+                    request.sink.add_output_logprobs(logprobs, first_row + place)
+                if request.return_hidden and result.hidden is not None:
+                    request.sink.add_next_hidden(result.hidden[first_token + place])
+
+    def _record_chunk(self, chunk: Chunk, row: int, offset: int) -> None:
+        request, sink, result = chunk.request, chunk.request.sink, self._result
+        if request.return_logprob and request.logprob_start >= 0 and result.input_logprobs is not None:
+            span = slice(offset, offset + chunk.length)
+            sink.add_input_logprobs(
+                request, chunk.start, jax.tree.map(lambda a: a[span], result.input_logprobs)
+            )
+        if not chunk.last:
+            return
+        if request.return_logprob and self._logprobs is not None:
+            sink.add_output_logprobs(self._logprobs, row)
         if request.return_hidden and result.hidden is not None:
-            request.sink.add_next_hidden(result.hidden[offset + lane])
-
-
-def _record_chunk(chunk: Chunk, row: int, offset: int, result: StepResult) -> None:
-    request, sink = chunk.request, chunk.request.sink
-    if request.return_logprob and request.logprob_start >= 0 and result.input_logprobs is not None:
-        span = slice(offset, offset + chunk.length)
-        sink.add_input_logprobs(request, chunk.start, jax.tree.map(lambda a: a[span], result.input_logprobs))
-    if not chunk.last:
-        return
-    if request.return_logprob and result.logprobs is not None:
-        sink.add_output_logprobs(result.logprobs, row)
-    if request.return_hidden and result.hidden is not None:
-        vectors = result.hidden[offset : offset + chunk.length]
-        # A retracted request prefills again; only the vector of its newest position is news.
-        if request.output_ids:
-            sink.add_next_hidden(vectors[-1])
-        else:
-            sink.add_hidden(vectors)
+            vectors = result.hidden[offset : offset + chunk.length]
+            # A retracted request prefills again; only the vector of its newest position is news.
+            if request.output_ids:
+                sink.add_next_hidden(vectors[-1])
+            else:
+                sink.add_hidden(vectors)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -128,16 +129,13 @@ def _logprob_lists(
 ) -> dict[str, Any]:
     data = snapshot.logprobs
 
-    def entry(value: float | None, token: int) -> LogprobTuple:
-        text = token_text(int(token)) if token_text else None
-        return None if value is None else float(value), int(token), text
-
     def entries(values: Sequence[float | None], ids: Sequence[int]) -> list[LogprobTuple]:
-        return [entry(value, token) for value, token in zip(values, ids, strict=True)]
+        texts = map(token_text, ids) if token_text else itertools.repeat(None)
+        return list(zip(values, ids, texts))
 
     count = len(data.output_values)
     # The first prompt entry never has a logprob, whatever position it stands for.
-    first = [entry(None, token) for token in data.input_ids[:1]]
+    first = entries([None], data.input_ids[:1])
     meta: dict[str, Any] = {
         "input_token_logprobs": first + entries(data.input_values[1:], data.input_ids[1:]),
         "output_token_logprobs": entries(data.output_values[ids_from:], snapshot.output_ids[ids_from:count]),

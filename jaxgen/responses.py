@@ -122,27 +122,19 @@ class Response:
         first = request.logprob_start + len(data.input_values) - (start + 1)
         stop = min(len(logprobs.chosen), len(request.prompt_ids) - (start + 1))
         if 0 <= first < stop:
-            values, top_values, top_ids, selected = self._own(logprobs, slice(first, stop))
-            data.input_values.extend(values.tolist())
-            data.input_top.extend(zip(top_values, top_ids))
-            data.input_selected.extend(selected)
+            top, ids = self.spec.top_logprobs_num, len(self.spec.token_ids_logprob or ())
+            span = slice(first, stop)
+            data.input_values.extend(logprobs.chosen[span].tolist())
+            top_values, top_ids = logprobs.top_values[span, :top], logprobs.top_ids[span, :top]
+            data.input_top.extend(zip(top_values.tolist(), top_ids.tolist()))
+            data.input_selected.extend(logprobs.id_values[span, :ids].tolist())
 
     def add_output_logprobs(self, logprobs: Logprobs, row: int) -> None:
         data: Any = self._logprobs
-        values, top_values, top_ids, selected = self._own(logprobs, slice(row, row + 1))
-        data.output_values.extend(values.tolist())
-        data.output_top.extend(zip(top_values, top_ids))
-        data.output_selected.extend(selected)
-
-    def _own(self, logprobs: Logprobs, rows: slice) -> tuple[np.ndarray, ...]:
-        """Copies of what was asked for in `rows`: a view would keep the whole batch's results alive."""
         top, ids = self.spec.top_logprobs_num, len(self.spec.token_ids_logprob or ())
-        return (
-            logprobs.chosen[rows],
-            logprobs.top_values[rows, :top].copy(),
-            logprobs.top_ids[rows, :top].copy(),
-            logprobs.id_values[rows, :ids].copy(),
-        )
+        data.output_values.append(logprobs.chosen[row])
+        data.output_top.append((logprobs.top_values[row][:top], logprobs.top_ids[row][:top]))
+        data.output_selected.append(logprobs.id_values[row][:ids])
 
     def add_hidden(self, vectors: np.ndarray) -> None:
         self._hidden.append(vectors.copy())

@@ -61,7 +61,7 @@ class FakeRunner:
             self._prefill(plan)
         tokens: Any = np.full(max(1, len(plan.chunks) + len(plan.lanes)), 17, np.int32)
         output = StepOutput(None, None, None, None)
-        return Launched(plan, tokens, None, output, False, False, False)
+        return Launched(plan, tokens, None, output, 0, False, False, False)
 
     def read(self, launched: Launched) -> StepResult:
         return StepResult(np.asarray(launched.tokens).tolist(), None, None, None)

@@ -19,11 +19,18 @@ NEVER = np.iinfo(np.int32).max
 class RequestNeeds:
     """What one request asks of a compiled step beyond drawing its tokens."""
 
-    full: bool
     mode: int
     edit_width: int
     logprob_width: int
     top_logprobs: int
+
+    @property
+    def edits(self) -> bool:
+        return (self.mode & (L.PENALTIES | L.EDITS)) != 0
+
+    @property
+    def logprobs(self) -> bool:
+        return (self.mode & L.LOGPROBS) != 0
 
 
 def edits_of(request: Request) -> tuple[list[int], list[float], list[int]]:
@@ -56,7 +63,6 @@ def needs_of(request: Request) -> RequestNeeds:
     if request.return_logprob:
         mode |= L.LOGPROBS
     return RequestNeeds(
-        full=mode != 0,
         mode=mode,
         edit_width=edits,
         logprob_width=len(request.token_ids_logprob or ()),
@@ -169,7 +175,7 @@ def pack_prefill(
         mirror.table.shape[1],
         mirror.edit_ids.shape[1],
         mirror.logprob_ids.shape[1],
-        full=variant.full,
+        full=not variant.plain,
     )
     packed, packed_floats = np.zeros(ints.size, np.int32), np.zeros(floats.size, np.float32)
     f = ints.views(packed) | floats.views(packed_floats)
@@ -186,7 +192,7 @@ def pack_prefill(
         flags = layout.SAMPLES if chunk.last else 0
         if fresh[index]:
             flags |= layout.FIRST_CHUNK
-        if variant.full and wants_input_logprobs(chunk):
+        if not variant.plain and wants_input_logprobs(chunk):
             flags |= layout.INPUT_LOGPROBS
             f["target"][used:stop] = chunk_targets(chunk)
         f["flags"][index] = flags
@@ -211,7 +217,7 @@ def pack_prefill(
     f["ints"][span] = mirror.ints[chosen]
     f["table"][span] = mirror.table[chosen]
     f["floats"][span] = mirror.floats[chosen]
-    if variant.full:
+    if not variant.plain:
         f["edit_ids"][span] = mirror.edit_ids[chosen]
         f["edit_until"][span] = mirror.edit_until[chosen]
         f["edit_values"][span] = mirror.edit_values[chosen]

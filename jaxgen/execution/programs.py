@@ -107,7 +107,7 @@ class Programs:
         else:
             function = prefill_step(self.spec, key.size, key.rows, key.variant)
             ints, floats = layout.prefill_layouts(
-                key.size, key.rows, shapes.max_pages, *key.widths, full=key.variant.full
+                key.size, key.rows, shapes.max_pages, *key.widths, full=not key.variant.plain
             )
             uploads = [self._upload((ints.size,)), self._upload((floats.size,), jnp.float32)]
         state_out = jax.tree.map(lambda _: self.replicated, shapes.state)

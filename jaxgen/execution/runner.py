@@ -59,12 +59,13 @@ PROBE_PAGES = 64
 
 @dataclasses.dataclass(frozen=True)
 class Launched:
-    """A step on its way: the plan it serves and what it leaves on the device."""
+    """A step on its way: the plan it serves, what it leaves on the device, and what of that is wanted."""
 
     plan: Plan
     tokens: jax.Array  # [N] int32 of a prefill step in the plan's order; [K, R] of a decode launch
     rows: np.ndarray | None  # of the lanes of a decode launch
     output: StepOutput
+    top_logprobs: int
     wants_logprobs: bool
     wants_input_logprobs: bool
     wants_hidden: bool
@@ -74,7 +75,7 @@ class Launched:
 class StepResult:
     """The host's view of a finished step; arrays are NumPy, in the plan's order (chunks, then lanes).
 
-    tokens: of a decode launch of several steps, those of all lanes step by step.
+    A decode launch of several steps has rows for all lanes step by step.
     """
 
     tokens: list[int]
@@ -157,6 +158,7 @@ class Runner:
             page_size=self.config.page_size,
             return_hidden=self.config.return_hidden,
             original_logprobs=self.config.original_logprobs,
+            skips=self.device.platform == "cpu",
         )
         programs = Programs(
             spec=spec,
@@ -325,25 +327,34 @@ class Runner:
             (launched.wants_hidden, output.hidden),
         ]
         for is_wanted, arrays in wanted:
-            if is_wanted:
-                for array in jax.tree.leaves(arrays):
-                    array.copy_to_host_async()
+            if is_wanted and arrays is not None:
+                arrays.copy_to_host_async()
         return launched
 
     def read(self, launched: Launched) -> StepResult:
         """Waits for a launched step and returns what its plan asked for as host arrays."""
-        output = launched.output
+        output, plan = launched.output, launched.plan
         tokens = np.asarray(launched.tokens)
         if launched.rows is not None:
-            tokens = tokens[: launched.plan.steps, launched.rows].ravel()
+            tokens = tokens[: plan.steps, launched.rows].ravel()
 
-        def host(wanted: bool, arrays):
-            return jax.tree.map(np.asarray, arrays) if wanted else None
+        def host(wanted: bool, array: jax.Array | None) -> np.ndarray | None:
+            if not wanted or array is None:
+                return None
+            found = np.asarray(array)
+            if found.ndim == 2:
+                return found
+            lanes = found[:, : len(plan.lanes)]  # [K, B, ...]
+            return lanes.reshape(-1, found.shape[-1])
+
+        def logprobs(wanted: bool, array: jax.Array | None) -> Logprobs | None:
+            packed = host(wanted, array)
+            return None if packed is None else Logprobs.unpacked(packed, launched.top_logprobs)
 
         return StepResult(
             tokens=tokens.tolist(),
-            logprobs=host(launched.wants_logprobs, output.logprobs),
-            input_logprobs=host(launched.wants_input_logprobs, output.input_logprobs),
+            logprobs=logprobs(launched.wants_logprobs, output.logprobs),
+            input_logprobs=logprobs(launched.wants_input_logprobs, output.input_logprobs),
             hidden=host(launched.wants_hidden, output.hidden),
         )
 
@@ -359,7 +370,7 @@ class Runner:
                 key=self._choice.decode(len(plan.lanes), plan.steps, variant, self._shapes.widths),
                 rows=np.array([request.row for request in plan.lanes], np.int32),
                 packed=None,
-                wants_logprobs=variant.full and any(r.return_logprob for r in plan.lanes),
+                wants_logprobs=any(r.return_logprob for r in plan.lanes),
                 wants_hidden=self.config.return_hidden and any(r.return_hidden for r in plan.lanes),
             )
         if decode.packed is None or plan.page_updates:
@@ -370,7 +381,10 @@ class Runner:
         self._decode = decode
         output = self._run(decode.key, decode.packed)
         tokens = self._steps.get(self._choice.newest_key)(self.state.drawn)
-        return Launched(plan, tokens, decode.rows, output, decode.wants_logprobs, False, decode.wants_hidden)
+        top = _top_logprobs(decode.key)
+        return Launched(
+            plan, tokens, decode.rows, output, top, decode.wants_logprobs, False, decode.wants_hidden
+        )
 
     def _launch_prefill(self, plan: Plan) -> Launched:
         self._decode = None
@@ -380,15 +394,17 @@ class Runner:
         requests = [chunk.request for chunk in plan.chunks] + list(plan.lanes)
         variant = self._variant(requests)
         key = self._choice.prefill(plan.num_tokens, len(requests), variant, self._shapes.widths)
-        uploads = pack_prefill(plan, self.mirror, fresh, key.size, key.rows, variant)
+        assert key.variant is not None
+        uploads = pack_prefill(plan, self.mirror, fresh, key.size, key.rows, key.variant)
         output = self._run(key, *uploads)
         return Launched(
             plan,
             output.tokens,
             None,
             output,
-            wants_logprobs=variant.full and any(r.return_logprob for r in requests),
-            wants_input_logprobs=variant.full and any(map(wants_input_logprobs, plan.chunks)),
+            _top_logprobs(key),
+            wants_logprobs=any(r.return_logprob for r in requests),
+            wants_input_logprobs=any(map(wants_input_logprobs, plan.chunks)),
             wants_hidden=self.config.return_hidden and any(r.return_hidden for r in requests),
         )
 
@@ -458,3 +474,7 @@ class Runner:
             array.delete()
         self._uploads = {}
         self.weights, self.kv, self.state = (), (), None
+
+
+def _top_logprobs(key: StepKey) -> int:
+    return 0 if key.variant is None else key.variant.top_logprobs

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 import kernels_pallas
 from jaxgen.execution import lanes as L
@@ -17,15 +18,19 @@ class Variant(NamedTuple):
 
     Every step draws rows with a temperature and takes the greedy token of the others.
 
-    full: penalties, logit edits and log-probabilities, each skipped at run time when no row wants it.
-    top_logprobs: how many of the largest log-probabilities a full step reports (K).
+    edits: penalties and logit edits. logprobs: log-probabilities, top_logprobs of the largest among them.
     """
 
-    full: bool
+    edits: bool = False
+    logprobs: bool = False
     top_logprobs: int = 0
 
+    @property
+    def plain(self) -> bool:
+        return not (self.edits or self.logprobs)
 
-PLAIN = Variant(full=False)
+
+PLAIN = Variant()
 
 
 @jax.tree_util.register_dataclass
@@ -60,12 +65,27 @@ def gather_rows(state: L.LaneState, rows: jax.Array, position: jax.Array) -> Row
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Logprobs:
-    """Log-probabilities of `B` rows: the chosen token's, the K largest, and those of requested ids."""
+    """Log-probabilities of rows: the chosen token's, the `top` largest, and those of requested ids."""
 
-    chosen: jax.Array  # [B] float32
-    top_values: jax.Array  # [B, K] float32
-    top_ids: jax.Array  # [B, K] int32
-    id_values: jax.Array  # [B, M] float32
+    chosen: Any  # [B] float32
+    top_values: Any  # [B, top] float32
+    top_ids: Any  # [B, top] int32
+    id_values: Any  # [B, M] float32
+
+    def packed(self) -> jax.Array:
+        """One array [B, 1 + 2 top + M] float32, ids as bits: each array that goes to the host costs a copy."""
+        ids = jax.lax.bitcast_convert_type(self.top_ids, jnp.float32)
+        return jnp.concatenate([self.chosen[:, None], self.top_values, ids, self.id_values], axis=1)
+
+    @classmethod
+    def unpacked(cls, packed: np.ndarray, top: int) -> Logprobs:
+        """NumPy arrays out of `packed` rows on the host."""
+        ids = np.ascontiguousarray(packed[:, 1 + top : 1 + 2 * top]).view(np.int32)
+        return cls(packed[:, 0], packed[:, 1 : 1 + top], ids, packed[:, 1 + 2 * top :])
+
+    def lists(self) -> Logprobs:
+        """The same as Python lists: rows are taken from them one at a time."""
+        return jax.tree.map(lambda array: array.tolist(), self)
 
 
 def penalise(logits: jax.Array, counts: jax.Array, params: RowParams) -> jax.Array:
@@ -90,12 +110,12 @@ def apply_edits(logits: jax.Array, params: RowParams) -> jax.Array:
     return logits.at[rows, ids].add(params.edit_values, mode="drop")
 
 
-def edit_logits(logits: jax.Array, counts: jax.Array, params: RowParams) -> jax.Array:
-    """All logit edits in SGLang's order (penalties, then bias); each stage runs only if some row wants it."""
-    logits = jax.lax.cond(
-        params.wants(L.PENALTIES).any(), lambda x: penalise(x, counts, params), lambda x: x, logits
-    )
-    return jax.lax.cond(params.wants(L.EDITS).any(), lambda x: apply_edits(x, params), lambda x: x, logits)
+def edit_logits(logits: jax.Array, counts: jax.Array, params: RowParams, *, skips: bool) -> jax.Array:
+    """All logit edits in SGLang's order (penalties, then bias); `skips`: a stage that no row wants does not run."""
+    stages = (L.PENALTIES, lambda x: penalise(x, counts, params)), (L.EDITS, lambda x: apply_edits(x, params))
+    for bit, edit in stages:
+        logits = jax.lax.cond(params.wants(bit).any(), edit, lambda x: x, logits) if skips else edit(logits)
+    return logits
 
 
 def draw(logits: jax.Array, params: RowParams) -> jax.Array:
@@ -141,11 +161,11 @@ def no_log_probabilities(rows: int, width: int, top: int) -> Logprobs:
 
 
 def output_log_probabilities(
-    logits: jax.Array, tokens: jax.Array, params: RowParams, top: int, *, original: bool
+    logits: jax.Array, tokens: jax.Array, params: RowParams, top: int, *, original: bool, skips: bool
 ) -> Logprobs:
     """Log-probabilities of the drawn tokens [B] under edited logits [B, V] / temperature.
 
-    Skipped at run time when no row wants them. `original` leaves the temperature out.
+    `original` leaves the temperature out. `skips`: not computed when no row wants them.
     """
     rows, width = params.logprob_ids.shape
 
@@ -154,6 +174,8 @@ def output_log_probabilities(
         temperature = jnp.zeros_like(temperature) if original else temperature
         return log_probabilities(x, tokens, params.logprob_ids, top, temperature)
 
+    if not skips:
+        return compute(logits)
     return jax.lax.cond(
         params.wants(L.LOGPROBS).any(), compute, lambda x: no_log_probabilities(rows, width, top), logits
     )

@@ -17,7 +17,7 @@ from flax import nnx
 import kernels_pallas
 from jaxgen.execution import lanes as L
 from jaxgen.execution import layout, sampler
-from jaxgen.execution.sampler import Logprobs, Variant
+from jaxgen.execution.sampler import Variant
 from jaxgen.layers.attention import DecodeBatch, PrefillBatch
 
 # Rows of logits computed at a time for prompt log-probabilities: bounds their memory to 128 x V floats.
@@ -30,13 +30,13 @@ class StepOutput:
     """What a step leaves for the host.
 
     tokens [N] int32 drawn tokens of a prefill step (-1: the row held NaN); a decode step leaves its tokens in
-    the lane state alone. logprobs of the drawn tokens (full steps); input_logprobs of the T packed tokens'
-    targets (full prefill steps); hidden [B or T, D] final-norm vectors (engines that return hidden states).
+    the lane state alone. logprobs [N or K, B, ...] of the drawn tokens and input_logprobs [T, ...] of the packed
+    tokens' targets, both packed; hidden [T or K, B, D] final-norm vectors (engines that return hidden states).
     """
 
     tokens: jax.Array | None
-    logprobs: Logprobs | None
-    input_logprobs: Logprobs | None
+    logprobs: jax.Array | None
+    input_logprobs: jax.Array | None
     hidden: jax.Array | None
 
 
@@ -45,7 +45,8 @@ class StepSpec:
     """Everything static about a family of compiled steps.
 
     graphdef and treedef rebuild the model from its flat weights. logits_sharding: where logits are gathered
-    before sampling (None on one device).
+    before sampling (None on one device). skips: what no row wants is skipped at run time; on a GPU such a branch
+    ends the captured step and waits for the host.
     """
 
     graphdef: Any
@@ -54,6 +55,7 @@ class StepSpec:
     page_size: int
     return_hidden: bool
     original_logprobs: bool
+    skips: bool
 
     def model(self, weights: Sequence[jax.Array]):
         return nnx.merge(self.graphdef, jax.tree.unflatten(self.treedef, weights))
@@ -85,8 +87,7 @@ def slots_of(table: jax.Array, position: jax.Array, active: jax.Array, page_size
 def decode_step(spec: StepSpec, lanes: int, steps: int, variant: Variant) -> Callable:
     """(weights, kv, state, packed int32) -> (StepOutput, kv, state): a token for each of B lanes, `steps` times.
 
-    A lane stops at the last token it may draw. Tokens end in `state.drawn`; log-probabilities and hidden
-    states leave only launches of one step.
+    A lane stops at the last token it may draw. Tokens end in `state.drawn`, [K, R].
 
     The plain step has no output that is not written over one of its inputs. With every buffer at the address
     of the step before, a GPU replays the captured step as it is; a new one costs the host an update of it.
@@ -111,8 +112,7 @@ def decode_step(spec: StepSpec, lanes: int, steps: int, variant: Variant) -> Cal
             length=state.length.at[rows].set(position + 1, mode="drop"),
             counts=counts,
         )
-        output = StepOutput(None, logprobs, None, hidden if spec.return_hidden else None)
-        return output, flatten_pages(pages), state
+        return (flatten_pages(pages), state), (logprobs, hidden if spec.return_hidden else None)
 
     def step(weights, kv, state: L.LaneState, packed):
         fields = layout.decode_layout(lanes).views(packed)
@@ -120,15 +120,13 @@ def decode_step(spec: StepSpec, lanes: int, steps: int, variant: Variant) -> Cal
         table = state.page_table.at[updates[:, 0], updates[:, 1]].set(updates[:, 2], mode="drop")
         state = dataclasses.replace(state, page_table=table)
         batch_table = table.at[rows].get(mode="clip")  # [B, MP]
-        if steps == 1:
-            return one(0, weights, tuple(kv), state, rows, batch_table)
 
-        def body(index, carry):
+        def body(carry, index):
             pages, state = carry
-            return one(index, weights, pages, state, rows, batch_table)[1:]
+            return one(index, weights, pages, state, rows, batch_table)
 
-        kv, state = jax.lax.fori_loop(0, steps, body, (tuple(kv), state))
-        return StepOutput(None, None, None, None), kv, state
+        (kv, state), (logprobs, hidden) = jax.lax.scan(body, (tuple(kv), state), jnp.arange(steps))
+        return StepOutput(None, logprobs, None, hidden), kv, state
 
     return step
 
@@ -143,7 +141,7 @@ def prefill_step(spec: StepSpec, tokens: int, rows: int, variant: Variant) -> Ca
             state.page_table.shape[1],
             state.edit_width,
             state.logprob_width,
-            full=variant.full,
+            full=not variant.plain,
         )
         f = ints.views(packed) | floats.views(packed_floats)
         row, segment = f["row"], f["segment"]
@@ -166,14 +164,14 @@ def prefill_step(spec: StepSpec, tokens: int, rows: int, variant: Variant) -> Ca
 
         state = _write_rows(state, f, ends, variant)
         counts = state.counts
-        if variant.full:
+        if not variant.plain:
             counts = _count_resumed_outputs(counts, f, token, position, active, owner)
         last = jnp.clip(f["offset"] + f["length"] - 1, 0, tokens - 1)  # [N]
         params = sampler.gather_rows(state, jnp.minimum(row, state.rows - 1), ends)
         samples = (f["flags"] & layout.SAMPLES) != 0
         drawn, logprobs, counts = _sample(spec, variant, model, hidden[last], params, counts, row, samples)
         input_logprobs = None
-        if variant.full:
+        if not variant.plain:
             input_logprobs = _input_logprobs(spec, model, hidden, f, owner, variant.top_logprobs)
         state = dataclasses.replace(state, token=state.token.at[row].set(drawn, mode="drop"), counts=counts)
         output = StepOutput(drawn, logprobs, input_logprobs, hidden if spec.return_hidden else None)
@@ -185,16 +183,18 @@ def prefill_step(spec: StepSpec, tokens: int, rows: int, variant: Variant) -> Ca
 def _sample(spec: StepSpec, variant: Variant, model, hidden, params, counts, rows, real):
     """Draws a token for each of the B rows of hidden [B, D]; counts the real ones of penalised rows."""
     logits = spec.logits(model, hidden)  # [B, V] float32
-    if not variant.full:
-        return sampler.draw(logits, params), None, counts
-    in_range = jnp.minimum(rows, counts.shape[0] - 1)
-    logits = sampler.edit_logits(logits, counts[in_range], params)
+    if variant.edits:
+        in_range = jnp.minimum(rows, counts.shape[0] - 1)
+        logits = sampler.edit_logits(logits, counts[in_range], params, skips=spec.skips)
     drawn = sampler.draw(logits, params)
-    logprobs = sampler.output_log_probabilities(
-        logits, drawn, params, variant.top_logprobs, original=spec.original_logprobs
-    )
-    counted = real & params.wants(L.PENALTIES) & (drawn >= 0)
-    counts = counts.at[rows, jnp.maximum(drawn, 0)].add(counted.astype(jnp.int32), mode="drop")
+    logprobs = None
+    if variant.logprobs:
+        logprobs = sampler.output_log_probabilities(
+            logits, drawn, params, variant.top_logprobs, original=spec.original_logprobs, skips=spec.skips
+        ).packed()
+    if variant.edits:
+        counted = real & params.wants(L.PENALTIES) & (drawn >= 0)
+        counts = counts.at[rows, jnp.maximum(drawn, 0)].add(counted.astype(jnp.int32), mode="drop")
     return drawn, logprobs, counts
 
 
@@ -212,7 +212,7 @@ def _write_rows(state: L.LaneState, f: dict, ends: jax.Array, variant: Variant) 
         floats=put(state.floats, f["floats"]),
         ints=put(state.ints, f["ints"]),
     )
-    if not variant.full:
+    if variant.plain:
         return state
     fresh = (f["flags"] & layout.FIRST_CHUNK) != 0
     return dataclasses.replace(
@@ -237,7 +237,7 @@ def _count_resumed_outputs(counts, f, token, position, active, owner):
     )
 
 
-def _input_logprobs(spec: StepSpec, model, hidden, f, owner, top: int) -> Logprobs:
+def _input_logprobs(spec: StepSpec, model, hidden, f, owner, top: int) -> jax.Array:
     """Log-probabilities of each packed token's successor, computed block by block and only if wanted."""
     tokens, width = hidden.shape[0], f["logprob_ids"].shape[1]
     block = min(LOGPROB_BLOCK, tokens)
@@ -246,17 +246,19 @@ def _input_logprobs(spec: StepSpec, model, hidden, f, owner, top: int) -> Logpro
 
     def one(part):
         x, target, ids = part
-        return sampler.log_probabilities(spec.logits(model, x), target, ids, top)
+        return sampler.log_probabilities(spec.logits(model, x), target, ids, top).packed()
 
     def compute(_):
         parts = (hidden, f["target"], f["logprob_ids"][owner])
         padded = jax.tree.map(lambda a: jnp.pad(a, ((0, padding), *((0, 0),) * (a.ndim - 1))), parts)
         split = jax.tree.map(lambda a: a.reshape(blocks, block, *a.shape[1:]), padded)
-        joined = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), jax.lax.map(one, split))
-        return jax.tree.map(lambda a: a[:tokens], joined)
+        packed = jax.lax.map(one, split)  # [blocks, block, ...]
+        return packed.reshape(-1, packed.shape[-1])[:tokens]
 
     wanted = ((f["flags"] & layout.INPUT_LOGPROBS) != 0).any()
-    return jax.lax.cond(wanted, compute, lambda _: sampler.no_log_probabilities(tokens, width, top), None)
+    return jax.lax.cond(
+        wanted, compute, lambda _: sampler.no_log_probabilities(tokens, width, top).packed(), None
+    )
 
 
 def newest_tokens(drawn: jax.Array) -> jax.Array:

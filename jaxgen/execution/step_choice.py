@@ -15,22 +15,24 @@ from jaxgen.scheduling.request import Request
 EDIT_WIDTH = 256
 LOGPROB_WIDTH = 16
 TOP_LOGPROBS = 20
+# What most that ask for log-probabilities ask for at most.
+FEW_TOP_LOGPROBS = 5
 
 
 def startup_variants(platform: str, vocab_size: int) -> tuple[Variant, ...]:
     """The variants compiled per bucket, least first.
 
     On a CPU one full step does it all: what no row wants is skipped at run time at no cost. On a GPU a
-    run-time branch would break the command buffer, so the common case gets steps of its own.
+    run-time branch would break the command buffer, so the common cases get steps of their own.
     """
-    full = Variant(True, min(TOP_LOGPROBS, vocab_size))
-    return (full,) if platform == "cpu" else (PLAIN, full)
+    full = Variant(True, True, min(TOP_LOGPROBS, vocab_size))
+    if platform == "cpu":
+        return (full,)
+    return PLAIN, Variant(False, True, min(FEW_TOP_LOGPROBS, vocab_size)), full
 
 
 def launch_steps(config: RunnerConfig, weight_bytes: int, platform: str) -> tuple[tuple[int, int], ...]:
-    """(lanes, steps of one launch) of each decode bucket, for lanes that want nothing but tokens."""
-    if config.return_hidden:
-        return tuple((lanes, 1) for lanes in config.decode_buckets)
+    """(lanes, steps of one launch) of each decode bucket."""
     # On a CPU a launch costs next to nothing.
     explicit = 1 if platform == "cpu" and config.decode_steps is None else config.decode_steps
     return decode_steps(config.decode_buckets, weight_bytes, config.page_size, explicit)
@@ -39,9 +41,9 @@ def launch_steps(config: RunnerConfig, weight_bytes: int, platform: str) -> tupl
 class StepChoice:
     """Picks the least step that serves a batch.
 
-    variants: those compiled per bucket, least first. steps: (lanes, steps of one launch) of each decode bucket
-    in batches that want nothing but tokens; others decode one step at a time. `widths` of the methods: of the
-    sparse edits and of the requested log-probabilities in the lane state.
+    variants: those compiled per bucket, least first; prefill knows only the first and the last. steps: (lanes,
+    steps of one launch) of each decode bucket. `widths` of the methods: of the sparse edits and of the requested
+    log-probabilities in the lane state.
     """
 
     def __init__(
@@ -51,7 +53,7 @@ class StepChoice:
         steps: tuple[tuple[int, int], ...],
         vocab_size: int,
     ):
-        self._launch_steps = dict(steps)
+        self._launch_steps = steps
         self.config, self.variants, self.vocab_size = config, variants, vocab_size
         self.copy_key = StepKey(COPY, config.prefill_buckets[-1][1])
         self.newest_key = StepKey(NEWEST, config.rows)
@@ -64,7 +66,7 @@ class StepChoice:
         config = self.config
         keys = [self.copy_key, self.newest_key]
         for variant in self.variants:
-            if config.precompile_prefill:
+            if config.precompile_prefill and variant in (self.variants[0], self.variants[-1]):
                 keys += [StepKey(PREFILL, *b, variant, widths) for b in self._prefill_buckets(variant)]
             if config.precompile_decode:
                 keys += self._decode_keys(variant, widths)
@@ -83,12 +85,12 @@ class StepChoice:
     def variant(self, needs: Iterable[RequestNeeds | None]) -> Variant:
         """The least start-up variant that covers the rows (a wider one where a row wants more)."""
         present = [n for n in needs if n is not None]
-        full = any(n.full for n in present)
+        edits, logprobs = any(n.edits for n in present), any(n.logprobs for n in present)
         top = max((n.top_logprobs for n in present), default=0)
         for variant in self.variants:
-            if variant.full >= full and variant.top_logprobs >= top:
+            if variant.edits >= edits and variant.logprobs >= logprobs and variant.top_logprobs >= top:
                 return variant
-        return Variant(full=True, top_logprobs=min(power_of_two(top), self.vocab_size))
+        return Variant(True, True, min(power_of_two(top), self.vocab_size))
 
     def decode(self, lanes: int, steps: int, variant: Variant, widths: tuple[int, int]) -> StepKey:
         """The decode step for so many lanes and so many tokens of each."""
@@ -101,6 +103,8 @@ class StepChoice:
 
     def prefill(self, tokens: int, rows: int, variant: Variant, widths: tuple[int, int]) -> StepKey:
         """The prefill step for so many packed tokens of so many rows."""
+        if not variant.plain and variant.top_logprobs <= self.variants[-1].top_logprobs:
+            variant = self.variants[-1]
         for bucket in self._prefill_buckets(variant):
             if bucket[0] >= tokens and bucket[1] >= rows:
                 return StepKey(PREFILL, *bucket, variant, widths)
@@ -129,12 +133,12 @@ class StepChoice:
                 )
 
     def _decode_keys(self, variant: Variant, widths: tuple[int, int]) -> list[StepKey]:
-        keys = []
-        for lanes in self._decode_buckets(variant):
-            wanted = {1} if variant.full else set()
-            if variant == self.variants[0]:
-                wanted.add(self._launch_steps[lanes])
-            keys += [StepKey(DECODE, lanes, 0, variant, widths, steps) for steps in sorted(wanted)]
+        """The decode steps of a variant; those of a coarse bucket may differ in their number of steps."""
+        keys, above = [], 0
+        for bucket in self._decode_buckets(variant):
+            wanted = {steps for lanes, steps in self._launch_steps if above < lanes <= bucket}
+            keys += [StepKey(DECODE, bucket, 0, variant, widths, steps) for steps in sorted(wanted)]
+            above = bucket
         return keys
 
     def _decode_buckets(self, variant: Variant) -> tuple[int, ...]:
@@ -152,7 +156,7 @@ class StepChoice:
 
     def _is_rare(self, variant: Variant) -> bool:
         """Whether a variant is one of several, and not for the common requests."""
-        return variant.full and len(self.variants) > 1
+        return not variant.plain and len(self.variants) > 1
 
 
 def power_of_two(n: int) -> int:

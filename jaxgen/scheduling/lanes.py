@@ -15,7 +15,6 @@ class Lanes:
     Attributes:
         requests: the lanes in the order in which they joined; replaced, never changed, so plans may share it.
         rows: [B] int64, the row of each lane.
-        plain: whether no lane asks for more than drawn tokens.
     """
 
     def __init__(self, kv: KVManager) -> None:
@@ -26,7 +25,6 @@ class Lanes:
         self._planned: list[Request] | None = None
         self.requests: list[Request] = []
         self.rows: np.ndarray = np.empty(0, np.int64)
-        self.plain = True
         self._rows32: np.ndarray = np.empty(0, np.int32)
 
     def join(self, request: Request) -> None:
@@ -54,7 +52,6 @@ class Lanes:
         self.requests = list(self._members.values())
         self.rows = np.array([request.row for request in self.requests], np.int64)
         self._rows32 = self.rows.astype(np.int32)
-        self.plain = all(request.plain for request in self.requests)
         self._planned = None  # not the old list: it would keep requests that have left alive
         self._stale = False
 

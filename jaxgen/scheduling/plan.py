@@ -84,8 +84,8 @@ class SchedulerConfig:
         chunked_prefill_size: packed prefill tokens a step; None computes every prompt in one step.
         max_prefill_tokens: packed prefill tokens a step without chunking; a longer prompt runs alone.
         prefill_max_requests: most prefill rows a step.
-        decode_steps: (lanes, steps) by lanes: a plan of up to so many lanes decodes so many tokens of each, if
-            none asks for more than tokens. None of the steps exceeds a page. Beyond the last, and where empty: 1.
+        decode_steps: (lanes, steps) by lanes: a plan of up to so many lanes decodes so many tokens of each, at
+            most a page. Beyond the last, and where empty: 1.
         schedule_conservativeness: scales the share of a request's allowed output that admission reserves.
         test_retract: retract a row every so many decode steps; None reads JAXGEN_TEST_RETRACT, 0 is never.
         waiting_timeout, running_timeout: seconds after which a request ends with 503, 0 is never; None reads

@@ -46,8 +46,8 @@ class Request:
 
     Attributes:
         prompt_ids: prompt token ids, at least one.
-        params: the resolved sampling parameters; the scheduler reads `ignore_eos`, the three penalties,
-            `logit_bias` and `min_new_tokens`.
+        params: the resolved sampling parameters; the scheduler reads only `ignore_eos` and the three
+            penalties.
         eos_ids: ids that stop the request (EOS and stop_token_ids; empty under ignore_eos).
         eos_id: id that replaces a sampled id outside [0, vocab_size), which is how NaN logits show.
         masked_ids: ids that may not be drawn before min_new_tokens (EOS and stop_token_ids); read by the device half.
@@ -121,18 +121,6 @@ class Request:
     def kv_limit(self) -> int:
         """The KV length at which the last allowed token has been launched."""
         return len(self.prompt_ids) + self.max_new_tokens - 1
-
-    @property
-    def plain(self) -> bool:
-        """Whether it asks nothing of a decode step but drawn tokens, so that several steps may be one launch."""
-        p = self.params
-        return not (
-            self.has_penalties
-            or self.return_logprob
-            or self.return_hidden
-            or p.logit_bias
-            or p.min_new_tokens > 0
-        )
 
     @property
     def match_limit(self) -> int:

@@ -221,8 +221,6 @@ class Scheduler:
 
     def _steps(self) -> int:
         """Tokens of each lane in the next decode plan."""
-        if not self._lanes.plain:
-            return 1
         table = self.config.decode_steps
         index = bisect.bisect_left(table, len(self._lanes.requests), key=lambda entry: entry[0])
         return table[index][1] if index < len(table) else 1

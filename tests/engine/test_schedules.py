@@ -167,7 +167,7 @@ def test_one_row_reaches_the_context_length():
 
 def test_steps_that_do_only_what_the_batch_needs(reference, monkeypatch):
     """What a GPU does: steps of their own for batches that want no more than tokens."""
-    variants = (PLAIN, Variant(full=True, top_logprobs=20))
+    variants = (PLAIN, Variant(False, True, 5), Variant(True, True, 20))
     monkeypatch.setattr(runner, "startup_variants", lambda platform, vocab_size: variants)
     with strict_engine(**HIDDEN) as engine:
         for key in list(engine._runner._steps._steps):
@@ -178,6 +178,10 @@ def test_steps_that_do_only_what_the_batch_needs(reference, monkeypatch):
         check_against(reference, engine)
         for i in (8, 2, 1, 0, 4, 3):  # rows change hands between programs
             result = engine.generate(**{**one_of(workload(), i), "return_logprob": False})
+            scored = engine.generate(
+                **{**one_of(workload(), i), "return_logprob": True, "top_logprobs_num": 2}
+            )
+            assert scored["output_ids"] == result["output_ids"]
             assert result["output_ids"] == reference[i]["output_ids"]
         assert set(used) == set(variants)
         assert_idle(engine)

@@ -1,5 +1,6 @@
 """The compiled path from logits to tokens against a NumPy model of the sampling mathematics, step after step."""
 
+import functools
 from types import SimpleNamespace
 
 import jax
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from jaxgen.execution import lanes as L
 from jaxgen.execution import sampler
 from jaxgen.execution.batch import RowMirror
-from jaxgen.execution.sampler import RowParams, Variant
+from jaxgen.execution.sampler import Logprobs, RowParams, Variant
 from jaxgen.execution.step import _sample
 from jaxgen.sampling_params import SamplingParams
 from jaxgen.scheduling.request import Request
@@ -19,15 +20,29 @@ from kernels_pallas import gumbel_noise
 from tests.kernels import oracle
 
 V, ROWS, STEPS, PROMPT = 40, 4, 5, 3
-FULL = Variant(full=True, top_logprobs=V)
+FULL = Variant(True, True, V)
 # The step with the model cut away: what stands for the hidden vectors are the logits themselves.
-SPEC = SimpleNamespace(logits=lambda model, hidden: hidden, original_logprobs=False)
+SPECS = [
+    SimpleNamespace(logits=lambda model, hidden: hidden, original_logprobs=False, skips=skips)
+    for skips in (True, False)
+]
 
 
 @jax.jit
-def sample_step(logits, params, counts):
+def both_steps(logits, params, counts):
     rows = jnp.arange(ROWS, dtype=jnp.int32)
-    return _sample(SPEC, FULL, None, logits, params, counts, rows, jnp.ones(ROWS, bool))
+    return [_sample(spec, FULL, None, logits, params, counts, rows, jnp.ones(ROWS, bool)) for spec in SPECS]
+
+
+def sample_step(logits, params, counts):
+    """Tokens, log-probabilities and counts; skipping what no row wants changes nothing that a row wants."""
+    skipping, whole = both_steps(logits, params, counts)
+    np.testing.assert_array_equal(skipping[0], whole[0])
+    np.testing.assert_array_equal(skipping[2], whole[2])
+    tokens, packed, counts = whole
+    if (np.asarray(params.ints[:, L.MODE]) & L.LOGPROBS).any():
+        np.testing.assert_allclose(skipping[1], packed, rtol=1e-6)
+    return tokens, Logprobs.unpacked(np.asarray(packed), V), counts
 
 
 def make_request(params: dict, row: int, seed: int) -> Request:
@@ -151,7 +166,7 @@ def test_rows_with_default_values_are_bit_identical_beside_any_neighbours(rows, 
         requests = [make_request(params, i, seed) for i, params in enumerate([*plain, *others])]
         params = row_params(requests, 2)
         tokens, logprobs, after = sample_step(logits, params, counts)
-        edited = jax.jit(sampler.edit_logits)(logits, counts, params)
+        edited = jax.jit(functools.partial(sampler.edit_logits, skips=False))(logits, counts, params)
         return [np.asarray(a)[:2] for a in (edited, tokens, *jax.tree.leaves(logprobs), after)]
 
     for alone, beside in zip(results(plain), results(strange), strict=True):
@@ -192,6 +207,6 @@ def test_repetition_penalty_divides_positive_and_multiplies_negative_logits_afte
     requests = [make_request({**params, "max_new_tokens": STEPS}, i, 0) for i in range(ROWS)]
     logits = np.tile(np.array([3.25, 0.5, 3.0] + [-9.0] * (V - 3), np.float32), (ROWS, 1))
     counts = jnp.zeros((ROWS, V), jnp.int32).at[:, 0].set(2).at[:, 1].set(1)
-    edited = np.asarray(sampler.edit_logits(logits, counts, row_params(requests, 3)))
+    edited = np.asarray(sampler.edit_logits(logits, counts, row_params(requests, 3), skips=True))
     np.testing.assert_array_equal(edited[0, :4], [1.0, -0.5, 3.0, -9.0])
     assert L.PENALTIES & int(row_params(requests, 3).ints[0, L.MODE])
