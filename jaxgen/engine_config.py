@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jaxgen.execution.kv_cache import device_memory_bytes
 from jaxgen.execution.runner_config import RunnerConfig
 from jaxgen.layers.attention import AttentionBackends
+from jaxgen.layers.quantization import scheme_named
 from jaxgen.models.config import ModelConfig
 from jaxgen.scheduling import environment
 from jaxgen.scheduling.buckets import decode_buckets, prefill_buckets
@@ -180,6 +181,7 @@ def runner_config_of(args: ServerArgs, model: ModelConfig, mesh: jax.sharding.Me
         prefill_buckets=_prefill_shapes(args, rows, platform),
         param_dtype=param_dtype,
         kv_dtype=kv_dtype_of(args, param_dtype),
+        quantization=scheme_named(args.quantization),
         attention=AttentionBackends.named(
             args.prefill_attention_backend or args.attention_backend,
             args.decode_attention_backend or args.attention_backend,

@@ -186,7 +186,10 @@ class ServerArgs:
     speculative_accept_threshold_acc: float = opt(1.0, "1.0 keeps the distribution exact", kind="float")
 
     # Quantisation
-    quantization: str | None = opt(None, "weight quantisation; unquant forces none")
+    quantization: str | None = opt(
+        None,
+        "8-bit weights in the layers: fp8, w8a8_int8 (products in 8 bits); int8, w8a16_fp8 (weights only)",
+    )
     quantization_param_path: str | None = opt(None, "JSON with KV scales")
 
     # Logging and metrics

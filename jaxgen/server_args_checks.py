@@ -22,6 +22,8 @@ LOAD_FORMATS = ("auto", "safetensors", "pt", "dummy", "gguf", "orbax")
 LATER_LOAD_FORMATS = ("sharded_state", "npcache", "bitsandbytes", "layered", "remote")
 KV_DTYPES = ("auto", "bf16", "bfloat16")
 LATER_KV_DTYPES = ("fp8_e4m3", "fp8_e5m2")
+QUANTIZATIONS = ("fp8", "w8a8_int8", "int8", "w8a16_fp8", "unquant")
+LATER_QUANTIZATIONS = ("awq", "gptq", "compressed-tensors")
 EVICTION_POLICIES = ("lru", "lfu", "slru", "priority")
 
 # Options accepted by name: what they may be set to until their feature exists. None always means the default.
@@ -49,7 +51,6 @@ AVAILABLE: dict[str, tuple[Any, ...]] = {
     "speculative_draft_model_path": (),
     "speculative_accept_threshold_single": (1.0,),
     "speculative_accept_threshold_acc": (1.0,),
-    "quantization": ("unquant",),
     "quantization_param_path": (),
     "constrained_json_whitespace_pattern": (),
     "constrained_json_disable_any_whitespace": (False,),
@@ -138,6 +139,7 @@ def _check_names(args: ServerArgs) -> None:
     _one_of(args, "dtype", DTYPES)
     _one_of(args, "load_format", LOAD_FORMATS, LATER_LOAD_FORMATS)
     _one_of(args, "kv_cache_dtype", KV_DTYPES, LATER_KV_DTYPES)
+    _one_of(args, "quantization", QUANTIZATIONS, LATER_QUANTIZATIONS)
     _one_of(args, "radix_eviction_policy", EVICTION_POLICIES, ("tlru",))
     _one_of(args, "load_balance_method", ("auto", "round_robin", "total_requests", "total_tokens"))
     _one_of(args, "grammar_backend", ("xgrammar", "outlines", "llguidance", "none"))

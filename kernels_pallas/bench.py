@@ -25,8 +25,12 @@ L2_BYTES = 64 << 20
 
 
 def seconds_per_call(program: Callable, args: Sequence, calls: int, repeats: int) -> float:
-    """Median seconds of one of the `calls` calls chained in a compiled program."""
-    compiled = jax.jit(program).lower(*args).compile()
+    """Median seconds of one of the `calls` calls chained in a program."""
+    return compiled_seconds(jax.jit(program).lower(*args).compile(), args, calls, repeats)
+
+
+def compiled_seconds(compiled: Callable, args: Sequence, calls: int, repeats: int) -> float:
+    """As `seconds_per_call`, of a program that is compiled already."""
     jax.block_until_ready(compiled(*args))
     # Enough launches back to back that the host's share of a measurement is small.
     start = time.perf_counter()

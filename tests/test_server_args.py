@@ -201,7 +201,7 @@ def test_json_given_as_text_is_read_and_checked():
         ("pp_size", 2),
         ("ep_size", 2),
         ("is_embedding", True),
-        ("quantization", "fp8"),
+        ("quantization", "awq"),
         ("speculative_algorithm", "EAGLE"),
         ("lora_paths", ["a=b"]),
         ("enable_custom_logit_processor", True),

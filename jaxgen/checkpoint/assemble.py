@@ -17,6 +17,13 @@ from jaxgen.models.weights import WeightSource
 
 Progress = Callable[[int], None]
 Params = Mapping[str, jax.ShapeDtypeStruct]
+Convert = Callable[[str, jax.Array], dict[str, jax.Array]]
+"""Parameter path and array, as a checkpoint gives it -> the arrays kept of it, by path."""
+
+
+def unchanged(path: str, array: jax.Array) -> dict[str, jax.Array]:
+    """The `Convert` that keeps every parameter as it is."""
+    return {path: array}
 
 
 class TensorReader(Protocol):
@@ -36,7 +43,11 @@ class TensorReader(Protocol):
 
 
 def assemble(
-    params: Params, table: Mapping[str, WeightSource], reader: TensorReader, progress: Progress
+    params: Params,
+    table: Mapping[str, WeightSource],
+    reader: TensorReader,
+    progress: Progress,
+    convert: Convert = unchanged,
 ) -> dict[str, jax.Array]:
     """Load every parameter in ``params`` with the dtype and sharding it asks for.
 
@@ -45,6 +56,7 @@ def assemble(
         table: Parameter path -> the tensors it consists of.
         reader: The checkpoint.
         progress: Called after each parameter with its size in bytes.
+        convert: What is kept of a parameter, called as soon as it is on its devices.
 
     Raises:
         CheckpointError: a tensor is missing or has the wrong shape. All are checked before any is read.
@@ -52,15 +64,16 @@ def assemble(
     for path, target in params.items():
         _check(path, target, table, reader)
     arrays: dict[str, jax.Array] = {}
-    in_flight: jax.Array | None = None
+    in_flight: dict[str, jax.Array] = {}
     for path, target in params.items():
         array = _load(target, table[path], reader)
-        if in_flight is not None:
-            in_flight.block_until_ready()  # bounds the host buffers still being copied to the device
-        in_flight = arrays[path] = array
+        jax.block_until_ready(
+            in_flight
+        )  # bounds what is still on its way to the devices, or unconverted there
+        in_flight = convert(path, array)
+        arrays |= in_flight
         progress(array.nbytes)
-    if in_flight is not None:
-        in_flight.block_until_ready()
+    jax.block_until_ready(in_flight)
     return arrays
 
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxgen.checkpoint.assemble import Params, Progress, sharding_of
+from jaxgen.checkpoint.assemble import Convert, Params, Progress, sharding_of, unchanged
 from jaxgen.checkpoint.directory import ModelDirectory, read_json
 from jaxgen.models.weights import WeightSource
 
@@ -57,14 +57,20 @@ class DummyCheckpoint:
         return self._source.tokenizer_files(scratch)
 
     def load(
-        self, params: Params, table: Mapping[str, WeightSource], progress: Progress
+        self,
+        params: Params,
+        table: Mapping[str, WeightSource],
+        progress: Progress,
+        convert: Convert = unchanged,
     ) -> dict[str, jax.Array]:
         """Draw every parameter on the devices it belongs to; ``table`` is not needed."""
-        arrays = {}
+        arrays: dict[str, jax.Array] = {}
         for path, target in params.items():
             draw = _draw(tuple(target.shape), np.dtype(target.dtype), sharding_of(target))
-            arrays[path] = draw(_key(path))
-            progress(arrays[path].nbytes)
+            array = draw(_key(path))
+            progress(array.nbytes)
+            # Waiting bounds what is on the device before it is converted.
+            arrays |= jax.block_until_ready(convert(path, array))
         return arrays
 
 

@@ -12,7 +12,7 @@ import jax
 import ml_dtypes
 import numpy as np
 
-from jaxgen.checkpoint.assemble import Params, Progress, assemble
+from jaxgen.checkpoint.assemble import Convert, Params, Progress, assemble, unchanged
 from jaxgen.checkpoint.directory import TOKENIZER_FILES, load_tokenizer
 from jaxgen.checkpoint.errors import CheckpointError
 from jaxgen.checkpoint.gguf_config import build_config, hf_name
@@ -105,10 +105,14 @@ class GGUFCheckpoint:
         return [scratch / name for name in TOKENIZER_FILES if (scratch / name).is_file()]
 
     def load(
-        self, params: Params, table: Mapping[str, WeightSource], progress: Progress
+        self,
+        params: Params,
+        table: Mapping[str, WeightSource],
+        progress: Progress,
+        convert: Convert = unchanged,
     ) -> dict[str, jax.Array]:
         """Load the parameters, dequantized. See :func:`jaxgen.checkpoint.assemble.assemble`."""
-        return assemble(params, table, self, progress)
+        return assemble(params, table, self, progress, convert)
 
     def where(self, name: str) -> str:
         return str(self.path)

@@ -24,7 +24,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxgen.checkpoint.assemble import Params, Progress, sharding_of
+from jaxgen.checkpoint.assemble import Convert, Params, Progress, sharding_of, unchanged
 from jaxgen.checkpoint.directory import ModelDirectory, read_json
 from jaxgen.checkpoint.errors import CheckpointError
 from jaxgen.checkpoint.zarr import read_array
@@ -100,7 +100,11 @@ class OrbaxCheckpoint(ModelDirectory):
     """A directory written by :func:`save`."""
 
     def load(
-        self, params: Params, table: Mapping[str, WeightSource], progress: Progress
+        self,
+        params: Params,
+        table: Mapping[str, WeightSource],
+        progress: Progress,
+        convert: Convert = unchanged,
     ) -> dict[str, jax.Array]:
         """Restore the parameters onto their shardings, cast to their dtypes; ``table`` is not needed.
 
@@ -110,18 +114,19 @@ class OrbaxCheckpoint(ModelDirectory):
         self._check(params)
         weights = self.path / WEIGHTS
 
-        def restore(path: str) -> jax.Array:
+        def restore(path: str) -> tuple[int, dict[str, jax.Array]]:
             target = params[path]
             values = read_array(weights / path, tuple(target.shape)).astype(target.dtype, copy=False)
+            array = jax.device_put(values, sharding_of(target))
             # Waiting here bounds the host buffers still being copied to a device.
-            return jax.device_put(values, sharding_of(target)).block_until_ready()
+            return array.nbytes, jax.block_until_ready(convert(path, array))
 
         arrays: dict[str, jax.Array] = {}
         with ThreadPoolExecutor(_READERS, thread_name_prefix="jaxgen-restore") as pool:
             try:
-                for path, array in zip(params, pool.map(restore, params)):
-                    arrays[path] = array
-                    progress(array.nbytes)
+                for nbytes, converted in pool.map(restore, params):
+                    arrays |= converted
+                    progress(nbytes)
             except BaseException:
                 pool.shutdown(wait=True, cancel_futures=True)
                 raise

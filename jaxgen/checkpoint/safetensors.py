@@ -14,7 +14,7 @@ import ml_dtypes
 import numpy as np
 import safetensors
 
-from jaxgen.checkpoint.assemble import Params, Progress, assemble
+from jaxgen.checkpoint.assemble import Convert, Params, Progress, assemble, unchanged
 from jaxgen.checkpoint.directory import ModelDirectory, read_index
 from jaxgen.checkpoint.errors import CheckpointError
 from jaxgen.models.weights import WeightSource
@@ -129,7 +129,11 @@ class SafetensorsCheckpoint(ModelDirectory):
     """A Hugging Face model directory with safetensors weights."""
 
     def load(
-        self, params: Params, table: Mapping[str, WeightSource], progress: Progress
+        self,
+        params: Params,
+        table: Mapping[str, WeightSource],
+        progress: Progress,
+        convert: Convert = unchanged,
     ) -> dict[str, jax.Array]:
         """Load the parameters. See :func:`jaxgen.checkpoint.assemble.assemble`."""
         quantization = self.config.get("quantization_config")
@@ -141,4 +145,4 @@ class SafetensorsCheckpoint(ModelDirectory):
                 f"{self.path}: the weights are quantized (quant_method {method!r}), which is not supported; "
                 "use the unquantized model"
             )
-        return assemble(params, table, SafetensorsReader(self.path), progress)
+        return assemble(params, table, SafetensorsReader(self.path), progress, convert)

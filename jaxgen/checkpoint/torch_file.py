@@ -11,7 +11,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from jaxgen.checkpoint.assemble import Params, Progress, assemble
+from jaxgen.checkpoint.assemble import Convert, Params, Progress, assemble, unchanged
 from jaxgen.checkpoint.directory import ModelDirectory, read_index
 from jaxgen.checkpoint.errors import CheckpointError
 from jaxgen.checkpoint.torch_pickle import PickleRefused, TorchTensor, read_tensors
@@ -120,7 +120,11 @@ class TorchCheckpoint(ModelDirectory):
     """A Hugging Face model directory with PyTorch weights."""
 
     def load(
-        self, params: Params, table: Mapping[str, WeightSource], progress: Progress
+        self,
+        params: Params,
+        table: Mapping[str, WeightSource],
+        progress: Progress,
+        convert: Convert = unchanged,
     ) -> dict[str, jax.Array]:
         """Load the parameters. See :func:`jaxgen.checkpoint.assemble.assemble`."""
-        return assemble(params, table, TorchReader(self.path), progress)
+        return assemble(params, table, TorchReader(self.path), progress, convert)

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import jax
 
-from jaxgen.checkpoint.assemble import Params, Progress
+from jaxgen.checkpoint.assemble import Convert, Params, Progress, unchanged
 from jaxgen.models.weights import WeightSource
 
 
@@ -32,7 +32,11 @@ class Checkpoint(Protocol):
         ...
 
     def load(
-        self, params: Params, table: Mapping[str, WeightSource], progress: Progress
+        self,
+        params: Params,
+        table: Mapping[str, WeightSource],
+        progress: Progress,
+        convert: Convert = unchanged,
     ) -> dict[str, jax.Array]:
         """Load every parameter in ``params``, in the dtype and sharding it asks for.
 
@@ -40,6 +44,7 @@ class Checkpoint(Protocol):
             params: Parameter path -> shape, dtype and (optionally) sharding.
             table: Parameter path -> the tensors it consists of.
             progress: Called after each parameter with its size in bytes.
+            convert: What is kept of a parameter, called as soon as it is on its devices.
         """
         ...
 

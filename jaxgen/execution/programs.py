@@ -15,12 +15,16 @@ from jaxgen.execution.kv_cache import KVShape
 from jaxgen.execution.lanes import LaneState
 from jaxgen.execution.sampler import Variant
 from jaxgen.execution.step import StepSpec, copy_step, decode_step, newest_tokens, prefill_step, refill
+from jaxgen.layers.quantization import Scheme
 
 COPY, DECODE, PREFILL, NEWEST, REFILL = "copy", "decode", "prefill", "newest", "refill"
 
 # XLA's Triton matrix products win for a few tokens; beyond, cuBLAS is as fast or faster (8B shapes on an H100:
 # 189 us a layer against 205 at 64 tokens, 229 against 236 at 256) and is tuned in a tenth of the time.
 MOST_TRITON_TOKENS = 16
+# Only Triton widens 8-bit weights inside the product; before cuBLAS, a pass of its own writes them out.
+# (An int8 layer of those shapes: 195 us against 292 at 128 tokens, 351 against 334 at 256.)
+MOST_TRITON_TOKENS_WIDENED = 128
 
 
 class StepKey(NamedTuple):
@@ -65,6 +69,7 @@ class Programs:
     """Lowers and compiles steps of one model on one mesh.
 
     weights: abstract leaves with shardings. precise: float32 arithmetic; on a GPU the default would be tf32.
+    triton_tokens: up to how many tokens (lanes, packed tokens) a step's matrix products are Triton's.
     tuning_directory: where a GPU's choice of matrix-product kernels is kept; None keeps it nowhere.
     """
 
@@ -73,6 +78,7 @@ class Programs:
     replicated: jax.sharding.NamedSharding
     kv_sharding: jax.sharding.NamedSharding
     precise: bool
+    triton_tokens: int
     tuning_directory: Path | None
 
     def compile(self, key: StepKey, shapes: Shapes) -> jax.stages.Compiled:
@@ -82,7 +88,7 @@ class Programs:
     def _compiler_options(self, key: StepKey) -> dict[str, Any]:
         if self.replicated.mesh.devices.flat[0].platform == "cpu":
             return {}
-        options: dict[str, Any] = {"xla_gpu_enable_triton_gemm": key.size <= MOST_TRITON_TOKENS}
+        options: dict[str, Any] = {"xla_gpu_enable_triton_gemm": key.size <= self.triton_tokens}
         if self.tuning_directory is not None:
             self.tuning_directory.mkdir(mode=0o700, exist_ok=True)
             options["xla_gpu_per_fusion_autotune_cache_dir"] = str(self.tuning_directory)
@@ -116,6 +122,12 @@ class Programs:
 
     def _upload(self, shape: tuple[int, ...], dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=self.replicated)
+
+
+def most_triton_tokens(scheme: Scheme | None) -> int:
+    """Tokens up to which matrix products over weights of this scheme are Triton's."""
+    widened = scheme is not None and not scheme.activations
+    return MOST_TRITON_TOKENS_WIDENED if widened else MOST_TRITON_TOKENS
 
 
 def temporary_bytes(step: jax.stages.Compiled) -> int:

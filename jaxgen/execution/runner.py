@@ -28,6 +28,7 @@ from jaxgen.execution.programs import (
     Shapes,
     StepKey,
     array_bytes,
+    most_triton_tokens,
     shard_bytes,
     temporary_bytes,
 )
@@ -43,6 +44,7 @@ from jaxgen.execution.step_choice import (
     power_of_two,
     startup_variants,
 )
+from jaxgen.execution.weights import Weights
 from jaxgen.layers.attention import KV_PAGE_AXES
 from jaxgen.models.config import ModelConfig
 from jaxgen.models.registry import ARCHITECTURES, build_model
@@ -117,6 +119,7 @@ class Runner:
         self._kv_sharding = sharding_for(mesh, KV_PAGE_AXES)
         with report.phase("build model"):
             self._programs, params = self._build_model(cache_directory)
+            weights = Weights(params, config.param_dtype, config.quantization, self.device.platform)
         self.weight_bytes = sum(map(shard_bytes, params.values()))
         platform = self.device.platform
         self.decode_steps = launch_steps(config, self.weight_bytes, platform)
@@ -129,7 +132,7 @@ class Runner:
             self._shapes = self._plan_shapes()
         self.mirror = RowMirror(config.rows, self._shapes.max_pages, *self._shapes.widths)
         with report.phase("load weights"):
-            self.weights = self._load(checkpoint, params, report)
+            self.weights = self._load(checkpoint, weights, report)
         with report.phase("allocate KV cache"):
             self.kv = self.kv_shape.allocate(self._kv_sharding)
             self.state = jax.jit(
@@ -147,7 +150,13 @@ class Runner:
         """(steps of the model, parameter path -> shape, dtype and sharding), without allocating anything."""
         config, dtype = self.model_config, self.config.param_dtype
         model = nnx.eval_shape(
-            lambda: build_model(config, dtype, mesh=self.mesh, backends=self.config.attention)
+            lambda: build_model(
+                config,
+                dtype,
+                mesh=self.mesh,
+                backends=self.config.attention,
+                quantization=self.config.quantization,
+            )
         )
         params = abstract_params(model, self.mesh)
         graphdef, state = nnx.split(model)
@@ -166,6 +175,7 @@ class Runner:
             replicated=self._replicated,
             kv_sharding=self._kv_sharding,
             precise=jnp.dtype(dtype) == jnp.float32,
+            triton_tokens=most_triton_tokens(self.config.quantization),
             tuning_directory=None if cache_directory is None else cache_directory / "autotune",
         )
         return programs, params
@@ -179,6 +189,7 @@ class Runner:
             config.page_size,
             jnp.dtype(config.param_dtype),
             jnp.dtype(config.kv_dtype),
+            config.quantization,
             config.attention,
             config.return_hidden,
             config.original_logprobs,
@@ -195,14 +206,11 @@ class Runner:
                 self._cache.save(name, step)
         return step
 
-    def _load(
-        self, checkpoint: Checkpoint, params: dict[str, jax.ShapeDtypeStruct], report: StartupReport
-    ) -> tuple[jax.Array, ...]:
+    def _load(self, checkpoint: Checkpoint, weights: Weights, report: StartupReport) -> tuple[jax.Array, ...]:
         table = ARCHITECTURES[self.model_config.architecture].weight_table(self.model_config)
-        total = sum(map(array_bytes, params.values()))
+        total = sum(map(array_bytes, weights.read.values()))
         with report.progress("Loading weights", total, unit="B") as advance:
-            loaded = checkpoint.load(params, table, advance)
-        return tuple(loaded[path] for path in params)
+            return weights.load(checkpoint, table, advance)
 
     def _shapes_of(self, kv: KVShape, widths: tuple[int, int] = (EDIT_WIDTH, LOGPROB_WIDTH)) -> Shapes:
         config = self.config

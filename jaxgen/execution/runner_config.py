@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 from jaxgen.layers.attention import AttentionBackends
+from jaxgen.layers.quantization import Scheme
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,6 +21,7 @@ class RunnerConfig:
     prefill_buckets: tuple[tuple[int, int], ...]  # (packed tokens, rows)
     param_dtype: Any
     kv_dtype: Any
+    quantization: Scheme | None
     attention: AttentionBackends
     max_total_tokens: int | None
     mem_fraction_static: float | None

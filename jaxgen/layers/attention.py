@@ -10,7 +10,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from jaxgen.layers.linear import Linear
+from jaxgen.layers.linear import Linear, LinearMaker
 from jaxgen.layers.norm import RMSNorm, rms_norm
 from jaxgen.layers.param import TENSOR_AXIS, LogicalAxes
 from jaxgen.layers.rope import apply_rope
@@ -165,14 +165,15 @@ class Attention(nnx.Module):
         window: int | None = None,
         mesh: Mesh | None = None,
         backends: AttentionBackends = AUTOMATIC,
+        linear: LinearMaker = Linear,
     ):
         """`qk_norm_epsilon`: None leaves q and k unnormalised. `window`: None sees the whole context."""
         group = num_heads // num_kv_heads
         qkv_axes = ("kv_heads", None, None, "embed")
-        self.qkv = Linear(
+        self.qkv = linear(
             (num_kv_heads, group + 2, head_dim), hidden_size, qkv_axes, dtype, bias=qkv_bias, mesh=mesh
         )
-        self.out = Linear(
+        self.out = linear(
             (hidden_size,), num_heads * head_dim, ("embed", "heads"), dtype, bias=out_bias, mesh=mesh
         )
         if qk_norm_epsilon is None:

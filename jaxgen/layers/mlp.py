@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from jaxgen.layers.linear import Linear
+from jaxgen.layers.linear import Linear, LinearMaker
 from jaxgen.layers.norm import RMSNorm
 
 
@@ -20,9 +20,10 @@ class GatedMLP(nnx.Module):
         *,
         bias: bool = False,
         mesh: Mesh | None = None,
+        linear: LinearMaker = Linear,
     ):
         # The pair is its own axis, in front: a tensor-parallel cut of F leaves each half with its partner.
-        self.gate_up = Linear(
+        self.gate_up = linear(
             (2, intermediate_size),
             hidden_size,
             (None, "mlp", "embed"),
@@ -31,7 +32,7 @@ class GatedMLP(nnx.Module):
             gated=True,
             mesh=mesh,
         )
-        self.down = Linear((hidden_size,), intermediate_size, ("embed", "mlp"), dtype, bias=bias, mesh=mesh)
+        self.down = linear((hidden_size,), intermediate_size, ("embed", "mlp"), dtype, bias=bias, mesh=mesh)
 
     def __call__(self, x: jax.Array, norm: RMSNorm) -> jax.Array:
         """`x` [T, D] -> x + the block's output for norm(x), [T, D]."""

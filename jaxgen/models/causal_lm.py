@@ -10,8 +10,10 @@ from jax.sharding import Mesh
 
 from jaxgen.layers.attention import AUTOMATIC, Attention, AttentionBackends, AttentionBatch, KVPages
 from jaxgen.layers.embed import Embed
+from jaxgen.layers.linear import LinearMaker, linear_maker
 from jaxgen.layers.mlp import GatedMLP
 from jaxgen.layers.norm import RMSNorm
+from jaxgen.layers.quantization import Scheme
 from jaxgen.layers.rope import rope_cos_sin
 from jaxgen.models.config import ModelConfig
 from jaxgen.models.hf_config import HFConfig
@@ -28,6 +30,7 @@ class DecoderLayer(nnx.Module):
         dtype: jnp.dtype,
         mesh: Mesh | None,
         backends: AttentionBackends,
+        linear: LinearMaker,
     ):
         self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
         self.attention = Attention(
@@ -42,10 +45,16 @@ class DecoderLayer(nnx.Module):
             window=config.sliding_windows[index],
             mesh=mesh,
             backends=backends,
+            linear=linear,
         )
         self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
         self.mlp = GatedMLP(
-            config.hidden_size, config.intermediate_size, dtype, bias=config.mlp_bias, mesh=mesh
+            config.hidden_size,
+            config.intermediate_size,
+            dtype,
+            bias=config.mlp_bias,
+            mesh=mesh,
+            linear=linear,
         )
 
     def __call__(
@@ -82,11 +91,13 @@ class CausalLM(nnx.Module):
         *,
         mesh: Mesh | None = None,
         backends: AttentionBackends = AUTOMATIC,
+        quantization: Scheme | None = None,
     ):
+        linear = linear_maker(quantization)
         self.config = config
         self.embed = Embed(config.vocab_size, config.hidden_size, dtype)
         self.layers = nnx.List(
-            [DecoderLayer(config, i, dtype, mesh, backends) for i in range(config.num_layers)]
+            [DecoderLayer(config, i, dtype, mesh, backends, linear) for i in range(config.num_layers)]
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
         self.lm_head = (

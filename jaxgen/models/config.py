@@ -60,7 +60,10 @@ class ModelConfig:
         architecture, model_class = find_architecture(raw.get("architectures"))
         config = HFConfig(raw)
         if config.get("quantization_config") is not None:
-            raise ValueError("config.json: quantization_config: quantised checkpoints are not supported")
+            raise ValueError(
+                "config.json: quantization_config: quantised checkpoints are not supported; use the unquantised"
+                " model, which the engine option quantization='fp8' (or another) quantises as it is loaded"
+            )
         activation = config.get("hidden_act", "silu")
         if activation not in ("silu", "swish"):
             raise ValueError(f"config.json: hidden_act {activation!r} is not supported; known: silu")

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jaxgen.layers.attention import AUTOMATIC, AttentionBackends
+from jaxgen.layers.quantization import Scheme
 from jaxgen.models.causal_lm import CausalLM
 from jaxgen.models.config import ModelConfig, UnsupportedModelError
 from jaxgen.models.llama import LlamaForCausalLM
@@ -42,10 +43,13 @@ def build_model(
     *,
     mesh: Mesh | None = None,
     backends: AttentionBackends = AUTOMATIC,
+    quantization: Scheme | None = None,
 ) -> CausalLM:
     """Construct the model. Call it under `nnx.eval_shape` to get its structure without any allocation.
 
-    `param_dtype` is the type of every parameter and of the computation between them. `mesh` is needed only
-    when its tensor axis is wider than one.
+    `param_dtype` is the type of every parameter and of the computation between them; `quantization` is how the
+    layers' matrices are kept instead. `mesh` is needed only when its tensor axis is wider than one.
     """
-    return ARCHITECTURES[config.architecture](config, param_dtype, mesh=mesh, backends=backends)
+    return ARCHITECTURES[config.architecture](
+        config, param_dtype, mesh=mesh, backends=backends, quantization=quantization
+    )

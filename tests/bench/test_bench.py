@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from jaxgen.bench.accuracy import read_sequences
 from jaxgen.bench.hf_export import export
 from jaxgen.cli.main import main
+from jaxgen.layers.quantization import SCHEMES
 
 ROOT = Path(__file__).parents[2]
 LLAMA3 = ROOT / "tests/golden/llama3"
@@ -109,3 +111,40 @@ def test_exported_weights_are_the_originals(name, tmp_path):
     assert copies.keys() == originals.keys()
     for tensor, value in originals.items():
         np.testing.assert_array_equal(copies[tensor], value, err_msg=tensor)
+
+
+def test_accuracy_of_each_quantisation(tmp_path):
+    sequences = tmp_path / "sequences.json"
+    sequences.write_text(json.dumps([list(range(10, 40)), {"input_ids": [5, 6], "output_ids": [7]}]))
+    record, text = bench(
+        "accuracy", "--model", str(LLAMA3), "--sequences", str(sequences), "--dtype", "float32",
+        "--engine-options", SMALL,
+    )  # fmt: skip
+    assert record["tokens"] == 29 + 2
+    rows = {row["quantization"]: row for row in record["results"]}
+    assert set(rows) == {"unquant", *SCHEMES}
+    assert (rows["unquant"]["mean_difference"], rows["unquant"]["same_best"]) == (0, 1)
+    for name in SCHEMES:
+        assert name in text
+        assert 0 < rows[name]["mean_difference"] < 1.5
+        assert rows[name]["weight_bytes"] < 0.5 * rows["unquant"]["weight_bytes"]
+    assert rows["int8"]["mean_difference"] < rows["w8a8_int8"]["mean_difference"]
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "[[1]]", '[{"text": "a"}]', "[1, 2]"])
+def test_sequences_that_are_none_are_refused(tmp_path, content):
+    path = tmp_path / "sequences.json"
+    path.write_text(content)
+    with pytest.raises(ValueError, match="--sequences"):
+        read_sequences(path)
+
+
+def test_linears_times_every_quantisation(tmp_path):
+    config = json.loads((LLAMA3 / "config.json").read_text())
+    path = tmp_path / "tiny.json"
+    path.write_text(json.dumps(config))
+    record, _ = bench("linears", "--config", str(path), "--tokens", "1", "3", "--repeats", "1")
+    rows = record["results"]
+    assert [row["quantization"] for row in rows] == ["unquant", *SCHEMES] * 2
+    assert all(row["us"] > 0 for row in rows)
+    assert [row["tokens"] for row in rows if row["speedup"] == 1] == [1, 3]

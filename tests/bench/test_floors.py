@@ -33,6 +33,13 @@ def test_costs_of_a_known_model():
     )
 
 
+def test_quantised_layers_are_read_in_one_byte_a_weight():
+    config = ModelConfig.from_hf(json.loads((CONFIGS / "llama-3.1-8b.json").read_text()))
+    plain = ModelCosts.of(config, np.dtype("float16"), np.dtype("float16"))
+    quantised = ModelCosts.of(config, np.dtype("float16"), np.dtype("float16"), np.dtype("int8"))
+    assert plain.weight_bytes - quantised.weight_bytes == plain.layer_weights == quantised.layer_weights
+
+
 @pytest.mark.parametrize(
     ("model", "floors"),
     [
