@@ -6,6 +6,7 @@ kv heads. Axes: B lanes, T packed tokens, R rows, P pages, MP pages of a row, S 
 K kv heads, G = N // K, H head dim, V vocabulary.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -19,10 +20,17 @@ _MASKED = -1e30  # finite: exp(masked - masked) must not be NaN
 
 
 def write_kv(
-    k_pages: jax.Array, v_pages: jax.Array, k: jax.Array, v: jax.Array, slots: jax.Array
+    k_pages: jax.Array,
+    v_pages: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    slots: jax.Array,
+    k_scale: jax.Array | float | None = None,
+    v_scale: jax.Array | float | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Store the keys and values of T tokens. See `kernels_pallas.write_kv`."""
     num_pages, _, page_size, _ = k_pages.shape
+    k, v = _stored(k, k_scale, k_pages.dtype), _stored(v, v_scale, v_pages.dtype)
     if slots.shape[0] == 1:
         # XLA turns the scatter of a single row into a dynamic-update-slice, around which it may copy the whole
         # pool; two rows, one of them dropped, are written in place.
@@ -31,10 +39,37 @@ def write_kv(
     inside = (slots >= 0) & (slots < num_pages * page_size)
     page = jnp.where(inside, slots // page_size, num_pages)
     offset = slots % page_size
+    store = _store_at_once
+    if k_pages.dtype.itemsize == 1:
+        store = functools.partial(lax.platform_dependent, cpu=_store_one_by_one, default=_store_at_once)
+    return store(k_pages, k, page, offset), store(v_pages, v, page, offset)
+
+
+def _store_at_once(pages: jax.Array, x: jax.Array, page: jax.Array, offset: jax.Array) -> jax.Array:
     # The two index arrays surround a slice, so the indexed view is [T, K, H].
-    k_pages = k_pages.at[page, :, offset].set(k.astype(k_pages.dtype), mode="drop")
-    v_pages = v_pages.at[page, :, offset].set(v.astype(v_pages.dtype), mode="drop")
-    return k_pages, v_pages
+    return pages.at[page, :, offset].set(x, mode="drop")
+
+
+def _store_one_by_one(pages: jax.Array, x: jax.Array, page: jax.Array, offset: jax.Array) -> jax.Array:
+    """Without a scatter, for which XLA widens the whole pool of an 8-bit type on a CPU."""
+
+    def store(t, pages):
+        def one(pages):
+            return lax.dynamic_update_slice(pages, x[t][None, :, None], (page[t], 0, offset[t], 0))
+
+        return lax.cond(page[t] < pages.shape[0], one, lambda pages: pages, pages)
+
+    return lax.fori_loop(0, x.shape[0], store, pages)
+
+
+def _stored(x: jax.Array, scale: jax.Array | float | None, dtype) -> jax.Array:
+    """x as pages hold it: divided by the scale, and saturated where the type is an 8-bit one."""
+    if scale is not None:
+        x = x.astype(jnp.float32) * (1.0 / scale)
+    if jnp.dtype(dtype).itemsize == 1:
+        largest = float(jnp.finfo(dtype).max)
+        x = jnp.clip(x.astype(jnp.float32), -largest, largest)
+    return x.astype(dtype)
 
 
 def prepare_heads(
@@ -92,12 +127,14 @@ def paged_decode(
     window: int | None = None,
     softcap: float | None = None,
     sinks: jax.Array | None = None,
+    k_scale: jax.Array | float | None = None,
+    v_scale: jax.Array | float | None = None,
 ) -> jax.Array:
     """Attention of one query token per lane. See `kernels_pallas.paged_decode`."""
     num_lanes, num_heads, head_dim = q.shape
     _, num_kv_heads, page_size, _ = k_pages.shape
     group = num_heads // num_kv_heads
-    scale = head_dim**-0.5 if sm_scale is None else sm_scale
+    scale = (head_dim**-0.5 if sm_scale is None else sm_scale) * (1.0 if k_scale is None else k_scale)
     block_pages, page_table = _page_blocks(page_table, page_size, DECODE_BLOCK)
     block = block_pages * page_size
 
@@ -119,7 +156,7 @@ def paged_decode(
     end = -(-jnp.max(lengths) // block)
     carry = lax.fori_loop(begin, end, step, _empty(queries))
     out = _normalise(carry, _sinks(sinks, num_kv_heads, group))
-    out = jnp.where((lengths > 0)[:, None, None, None], out, 0.0)
+    out = jnp.where((lengths > 0)[:, None, None, None], out, 0.0) * (1.0 if v_scale is None else v_scale)
     return out.reshape(num_lanes, num_heads, head_dim).astype(q.dtype)
 
 
@@ -218,6 +255,9 @@ def _tile_size(num_tokens: int, num_rows: int) -> int:
 def _gather(pages: jax.Array, ids: jax.Array) -> jax.Array:
     """Pages [P, K, S, H] at ids [..., n] as float32 [..., K, n * S, H]."""
     _, num_kv_heads, page_size, head_dim = pages.shape
+    if pages.dtype.itemsize == 1:
+        # Else XLA widens the whole pool on a CPU, once before the loop instead of a block in each trip.
+        pages, ids = lax.optimization_barrier((pages, ids))
     block = jnp.take(pages, ids, axis=0, mode="clip")  # [..., n, K, S, H]
     block = jnp.moveaxis(block, -4, -3)  # [..., K, n, S, H]
     shape = (*ids.shape[:-1], num_kv_heads, ids.shape[-1] * page_size, head_dim)
