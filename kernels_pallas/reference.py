@@ -6,7 +6,6 @@ kv heads. Axes: B lanes, T packed tokens, R rows, P pages, MP pages of a row, S 
 K kv heads, G = N // K, H head dim, V vocabulary.
 """
 
-import functools
 from typing import NamedTuple
 
 import jax
@@ -39,27 +38,17 @@ def write_kv(
     inside = (slots >= 0) & (slots < num_pages * page_size)
     page = jnp.where(inside, slots // page_size, num_pages)
     offset = slots % page_size
-    store = _store_at_once
-    if k_pages.dtype.itemsize == 1:
-        store = functools.partial(lax.platform_dependent, cpu=_store_one_by_one, default=_store_at_once)
-    return store(k_pages, k, page, offset), store(v_pages, v, page, offset)
+    return _scatter(k_pages, k, page, offset), _scatter(v_pages, v, page, offset)
 
 
-def _store_at_once(pages: jax.Array, x: jax.Array, page: jax.Array, offset: jax.Array) -> jax.Array:
+def _scatter(pages: jax.Array, x: jax.Array, page: jax.Array, offset: jax.Array) -> jax.Array:
+    """pages [P, K, S, H] with x [T, K, H] at (page, offset); dropped where page is P."""
+    dtype = pages.dtype
+    if dtype.itemsize == 1:  # as integers: to scatter 8-bit floats, XLA would widen all of the pool on a CPU
+        pages, x = (lax.bitcast_convert_type(y, jnp.uint8) for y in (pages, x))
     # The two index arrays surround a slice, so the indexed view is [T, K, H].
-    return pages.at[page, :, offset].set(x, mode="drop")
-
-
-def _store_one_by_one(pages: jax.Array, x: jax.Array, page: jax.Array, offset: jax.Array) -> jax.Array:
-    """Without a scatter, for which XLA widens the whole pool of an 8-bit type on a CPU."""
-
-    def store(t, pages):
-        def one(pages):
-            return lax.dynamic_update_slice(pages, x[t][None, :, None], (page[t], 0, offset[t], 0))
-
-        return lax.cond(page[t] < pages.shape[0], one, lambda pages: pages, pages)
-
-    return lax.fori_loop(0, x.shape[0], store, pages)
+    pages = pages.at[page, :, offset].set(x, mode="drop")
+    return lax.bitcast_convert_type(pages, dtype) if dtype.itemsize == 1 else pages
 
 
 def _stored(x: jax.Array, scale: jax.Array | float | None, dtype) -> jax.Array:

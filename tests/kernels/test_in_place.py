@@ -33,10 +33,7 @@ def test_decode(lanes, table):
 
 
 @pytest.mark.parametrize("lanes", [1, 8])
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float8_e4m3fn])
-def test_decode_update(lanes, dtype):
-    pool = jax.ShapeDtypeStruct(POOL.shape, dtype)
-
+def test_decode_update(lanes):
     qkv, rope = (jax.ShapeDtypeStruct(s, jnp.float32) for s in ((lanes, HEADS, 4, DIM), (lanes, DIM // 2)))
 
     def step(k_pages, v_pages, qkv, page_table, lengths, cos, sin):
@@ -44,17 +41,14 @@ def test_decode_update(lanes, dtype):
 
     compiled = (
         jax.jit(step, donate_argnums=(0, 1))
-        .lower(pool, pool, qkv, ints(lanes, 64), ints(lanes), rope, rope)
+        .lower(POOL, POOL, qkv, ints(lanes, 64), ints(lanes), rope, rope)
         .compile()
     )
-    assert compiled.memory_analysis().temp_size_in_bytes < pool.size * pool.dtype.itemsize / 2
+    assert compiled.memory_analysis().temp_size_in_bytes < POOL.size * 4 / 2
 
 
 @pytest.mark.parametrize("tokens", [1, 32])
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float8_e4m3fn])
-def test_prefill(tokens, dtype):
-    pool = jax.ShapeDtypeStruct(POOL.shape, dtype)
-
+def test_prefill(tokens):
     def step(k_pages, v_pages, q, kv, slots, page_table, cu_seqlens, lengths):
         k_pages, v_pages = kernels_pallas.write_kv(k_pages, v_pages, kv, kv, slots)
         out = kernels_pallas.ragged_prefill(q, k_pages, v_pages, page_table, cu_seqlens, lengths)
@@ -63,7 +57,7 @@ def test_prefill(tokens, dtype):
     q, kv = (jax.ShapeDtypeStruct((tokens, n, DIM), jnp.float32) for n in (4, HEADS))
     compiled = (
         jax.jit(step, donate_argnums=(0, 1))
-        .lower(pool, pool, q, kv, ints(tokens), ints(1, 4), ints(2), ints(1))
+        .lower(POOL, POOL, q, kv, ints(tokens), ints(1, 4), ints(2), ints(1))
         .compile()
     )
-    assert compiled.memory_analysis().temp_size_in_bytes < pool.size * pool.dtype.itemsize / 2
+    assert compiled.memory_analysis().temp_size_in_bytes < POOL.size * 4 / 2
