@@ -8,11 +8,13 @@ import logging
 import os
 import random
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from jaxgen.checkpoint.kv_scales import read_kv_scales
 from jaxgen.execution.kv_cache import device_memory_bytes
 from jaxgen.execution.runner_config import RunnerConfig
 from jaxgen.layers.attention import AttentionBackends
@@ -34,6 +36,7 @@ DTYPES = {
     "bf16": jnp.bfloat16,
     "float": jnp.float32,
     "float32": jnp.float32,
+    "fp8_e4m3": jnp.float8_e4m3fn,
 }
 # Smallest packed prefill step: below it the launch costs more than the tokens.
 SMALLEST_PREFILL = {"cpu": 32, "gpu": 64}
@@ -103,7 +106,7 @@ def model_config_of(
     JAXGEN_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN is set.
     """
     overrides = json.loads(args.json_model_override_args)
-    model = ModelConfig.from_hf({**config, **overrides}, generation_config)
+    model = _with_kv_scales(args, ModelConfig.from_hf({**config, **overrides}, generation_config))
     if args.context_length is None:
         return model
     if args.context_length > model.context_length:
@@ -117,6 +120,19 @@ def model_config_of(
             )
         logger.warning(message)
     return dataclasses.replace(model, context_length=args.context_length)
+
+
+def _with_kv_scales(args: ServerArgs, model: ModelConfig) -> ModelConfig:
+    if args.kv_cache_dtype != "fp8_e4m3":
+        return model
+    if args.quantization_param_path is None:
+        logger.warning(
+            "kv_cache_dtype='fp8_e4m3' without quantization_param_path: keys and values are stored unscaled, "
+            "and saturate at 448"
+        )
+        return model
+    scales = read_kv_scales(Path(args.quantization_param_path), model.num_layers)
+    return dataclasses.replace(model, kv_scales=scales)
 
 
 def param_dtype_of(args: ServerArgs, model: ModelConfig, platform: str) -> Any:

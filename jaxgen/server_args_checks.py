@@ -20,8 +20,8 @@ LATER_POLICIES = ("hrrn", "priority", "routing-key", "shortest-prefill-first")
 DTYPES = ("auto", "half", "float16", "bfloat16", "float", "float32")
 LOAD_FORMATS = ("auto", "safetensors", "pt", "dummy", "gguf", "orbax")
 LATER_LOAD_FORMATS = ("sharded_state", "npcache", "bitsandbytes", "layered", "remote")
-KV_DTYPES = ("auto", "bf16", "bfloat16")
-LATER_KV_DTYPES = ("fp8_e4m3", "fp8_e5m2")
+KV_DTYPES = ("auto", "bf16", "bfloat16", "fp8_e4m3")
+LATER_KV_DTYPES = ("fp8_e5m2",)
 QUANTIZATIONS = ("fp8", "w8a8_int8", "int8", "w8a16_fp8", "unquant")
 LATER_QUANTIZATIONS = ("awq", "gptq", "compressed-tensors")
 EVICTION_POLICIES = ("lru", "lfu", "slru", "priority")
@@ -51,7 +51,6 @@ AVAILABLE: dict[str, tuple[Any, ...]] = {
     "speculative_draft_model_path": (),
     "speculative_accept_threshold_single": (1.0,),
     "speculative_accept_threshold_acc": (1.0,),
-    "quantization_param_path": (),
     "constrained_json_whitespace_pattern": (),
     "constrained_json_disable_any_whitespace": (False,),
     "constrained_json_max_whitespace_cnt": (),
@@ -176,6 +175,11 @@ def _check_scheduling(args: ServerArgs) -> None:
 
 
 def _check_model_options(args: ServerArgs) -> None:
+    if args.quantization_param_path is not None and args.kv_cache_dtype != "fp8_e4m3":
+        raise ValueError(
+            "quantization_param_path holds scales of an 8-bit KV cache and needs kv_cache_dtype='fp8_e4m3', "
+            f"got kv_cache_dtype={args.kv_cache_dtype!r}"
+        )
     if args.enable_tokenizer_batch_encode and args.enable_dynamic_batch_tokenizer:
         raise ValueError(
             "enable_tokenizer_batch_encode and enable_dynamic_batch_tokenizer exclude each other"

@@ -10,8 +10,6 @@ import argparse
 import functools
 import itertools
 import json
-import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -19,126 +17,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kernels_pallas import log_probabilities, paged_decode, ragged_prefill, sample
-
-L2_BYTES = 64 << 20
-
-
-def seconds_per_call(program: Callable, args: Sequence, calls: int, repeats: int) -> float:
-    """Median seconds of one of the `calls` calls chained in a program."""
-    return compiled_seconds(jax.jit(program).lower(*args).compile(), args, calls, repeats)
-
-
-def compiled_seconds(compiled: Callable, args: Sequence, calls: int, repeats: int) -> float:
-    """As `seconds_per_call`, of a program that is compiled already."""
-    jax.block_until_ready(compiled(*args))
-    # Enough launches back to back that the host's share of a measurement is small.
-    start = time.perf_counter()
-    jax.block_until_ready(compiled(*args))
-    launches = max(1, min(50, int(0.03 / max(time.perf_counter() - start, 1e-6))))
-    samples = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        results = [compiled(*args) for _ in range(launches)]
-        jax.block_until_ready(results)
-        samples.append((time.perf_counter() - start) / (launches * calls))
-    return statistics.median(samples)
-
-
-def read_bandwidth(repeats: int) -> float:
-    """Bytes per second of reading 4 GiB once, in a reduction to one value per row."""
-    x = jnp.ones((1 << 15, 1 << 15), jnp.float32)
-    best = 0.0
-    for reduce in (lambda x: x.sum(axis=1), lambda x: x.max()):
-        best = max(best, x.nbytes / seconds_per_call(reduce, (x,), 1, repeats))
-    return best
-
-
-def matrix_rate(repeats: int) -> float:
-    """Floating-point operations per second of an 8192 x 8192 x 8192 bfloat16 product of random values."""
-    a, b = jax.random.normal(jax.random.key(0), (2, 8192, 8192), jnp.bfloat16)
-    return 2 * 8192**3 / seconds_per_call(lambda a, b: a @ b, (a, b), 1, repeats)
-
-
-def _row(op: str, case: str, seconds: float, floor: float, **more: float | None) -> dict:
-    times = {"us": seconds * 1e6, "floor_us": floor * 1e6, "of_floor": floor / seconds}
-    return {"op": op, "case": case, **times, **more}
-
-
-@dataclass(frozen=True)
-class DecodeCase:
-    """One shape of decode, and the share of the floor aimed at."""
-
-    name: str
-    lengths: tuple[int, ...]
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    page_size: int = 64
-    target: float | None = None
-
-
-def _ragged(count: int, low: int, high: int) -> tuple[int, ...]:
-    return tuple(np.random.default_rng(0).integers(low, high + 1, count).tolist())
-
-
-DECODE_CASES = (
-    DecodeCase("64 x 4096, 32/8 x 128", (4096,) * 64, 32, 8, 128, target=0.95),
-    DecodeCase("256 x 1024, 32/8 x 128", (1024,) * 256, 32, 8, 128, target=0.92),
-    DecodeCase("8 x 16384, 32/8 x 128", (16384,) * 8, 32, 8, 128, target=0.92),
-    DecodeCase("128 x 100..8000, 32/8 x 128", _ragged(128, 100, 8000), 32, 8, 128, target=0.88),
-    DecodeCase("256 x 1024, 14/2 x 64", (1024,) * 256, 14, 2, 64, target=0.70),
-    DecodeCase("256 x 1024, 9/3 x 64", (1024,) * 256, 9, 3, 64, target=0.70),
-    DecodeCase("64 x 4096, 32/8 x 128, pages of 16", (4096,) * 64, 32, 8, 128, page_size=16),
-    DecodeCase("256 x 128, 32/8 x 128", (128,) * 256, 32, 8, 128),
-    DecodeCase("1 x 32768, 32/8 x 128", (32768,), 32, 8, 128),
-    DecodeCase("1 x 1024, 32/8 x 128", (1024,), 32, 8, 128),
-    DecodeCase("16 x 8192, 16/8 x 256", (8192,) * 16, 16, 8, 256),
-)
-
-
-def decode_inputs(case: DecodeCase) -> tuple[list[jax.Array], int]:
-    """Operands of `paged_decode` with a stack of page tables over distinct pages, and how many tables."""
-    lanes, page = len(case.lengths), case.page_size
-    max_pages = -(-max(case.lengths) // page)
-    kv_bytes = sum(case.lengths) * case.num_kv_heads * case.head_dim * 4
-    sets = max(1, min(64, -(-2 * L2_BYTES // kv_bytes)))
-    counts = [-(-n // page) for n in case.lengths]
-    order = np.random.default_rng(1).permutation(sum(counts) * sets).astype(np.int32)
-    tables: np.ndarray = np.zeros((sets, lanes, max_pages), np.int32)
-    taken = 0
-    for i in range(sets):
-        for lane, count in enumerate(counts):
-            tables[i, lane, :count] = order[taken : taken + count]
-            taken += count
-    keys = jax.random.split(jax.random.key(0), 3)
-    pages = (len(order), case.num_kv_heads, page, case.head_dim)
-    q = jax.random.normal(keys[0], (lanes, case.num_heads, case.head_dim), jnp.bfloat16)
-    k, v = (jax.random.normal(key, pages, jnp.bfloat16) for key in keys[1:])
-    return [q, k, v, jnp.asarray(np.asarray(case.lengths, np.int32)), *jnp.asarray(tables)], sets
-
-
-def time_decode(case: DecodeCase, attend: Callable, repeats: int) -> float:
-    """Seconds of one call of `attend(q, k_pages, v_pages, page_table, lengths)`."""
-    operands, sets = decode_inputs(case)
-    calls = max(sets, 16)
-
-    def chain(q, k_pages, v_pages, lengths, *tables):
-        out = q
-        for i in range(calls):  # each call waits for the one before it
-            out = attend(q + out * jnp.bfloat16(1e-3), k_pages, v_pages, tables[i % sets], lengths)
-        return out
-
-    return seconds_per_call(chain, operands, calls, repeats)
-
-
-def bench_decode(repeats: int, rates: dict) -> list[dict]:
-    rows = []
-    for case in DECODE_CASES:
-        seconds = time_decode(case, paged_decode, repeats)
-        floor = sum(case.lengths) * case.num_kv_heads * case.head_dim * 4 / rates["read_bytes_per_s"]
-        rows.append(_row("paged_decode", case.name, seconds, floor, target=case.target))
-    return rows
+from kernels_pallas import log_probabilities, ragged_prefill, sample
+from kernels_pallas.bench_decode import bench_decode
+from kernels_pallas.timing import L2_BYTES, figure, matrix_rate, read_bandwidth, seconds_per_call
 
 
 @dataclass(frozen=True)
@@ -220,7 +101,7 @@ def bench_prefill(repeats: int, rates: dict) -> list[dict]:
             timings["cuDNN dense"] = functools.partial(time_cudnn, case, repeats)
         for op, timing in timings.items():
             seconds, floor = timing(), case.flops / rates["matrix_flops"]
-            rows.append(_row(op, case.name, seconds, floor, tflops=case.flops / seconds / 1e12))
+            rows.append(figure(op, case.name, seconds, floor, tflops=case.flops / seconds / 1e12))
     return rows
 
 
@@ -266,7 +147,7 @@ def bench_sample(repeats: int, rates: dict) -> list[dict]:
     for name, lanes, vocab_size, *options in SAMPLE_CASES:
         seconds = time_sample(lanes, vocab_size, options, sample, repeats)
         floor = lanes * vocab_size * 4 / rates["read_bytes_per_s"]
-        rows.append(_row("sample", name, seconds, floor))
+        rows.append(figure("sample", name, seconds, floor))
     return rows
 
 
@@ -290,7 +171,7 @@ def bench_logprobs(repeats: int, rates: dict) -> list[dict]:
 
         seconds = seconds_per_call(chain, (tokens, logits), 4, repeats)
         floor = lanes * vocab_size * 4 / rates["read_bytes_per_s"]
-        rows.append(_row(op, f"top {top_n}, {lanes} x {vocab_size}", seconds, floor))
+        rows.append(figure(op, f"top {top_n}, {lanes} x {vocab_size}", seconds, floor))
     return rows
 
 

@@ -11,6 +11,12 @@ def check_pages(k_pages: jax.Array, v_pages: jax.Array) -> None:
         )
 
 
+def check_scales(k_scale, v_scale) -> None:
+    for name, value in (("k_scale", k_scale), ("v_scale", v_scale)):
+        if value is not None and jnp.ndim(value):
+            raise ValueError(f"{name} must be a scalar, got shape {jnp.shape(value)}")
+
+
 def check_attention(q, k_pages, v_pages, page_table, lengths, window, softcap, sinks) -> None:
     check_pages(k_pages, v_pages)
     _, num_kv_heads, _, head_dim = k_pages.shape

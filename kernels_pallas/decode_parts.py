@@ -14,6 +14,7 @@ HEADS = plgpu.Layout.TILED(
 )
 SCORES = plgpu.Layout.WGMMA.reduce(0)  # one value a query head, as the columns of a wgmma
 VALUES = plgpu.Layout.WGMMA.reduce(1)  # one value a head dim, as the rows of a wgmma
+EIGHT_BIT_MAXIMUM = 448.0  # of float8_e4m3fn; larger values saturate
 
 
 def _load(ref, layout):
@@ -55,10 +56,51 @@ def rotate(x_smem, arrived, ref, lane, group: int, epsilon: float) -> None:
     plgpu.commit_smem()
 
 
+def quantise(x_smem, new, ref, group: int) -> None:
+    """Divide key and value, rows G and G + 1 of x_smem, by their scales and round them to the dtype of `new`.
+
+    The rounded rows go to new[0] and new[1] [>= rows + 1, H], moved down by one where that brings the key, or
+    the value, to an even row: the copy engine takes no row of 64 bytes from an odd one. They also replace those
+    in x_smem.
+    """
+    x = _load(x_smem, HEADS)
+    row = plgpu.broadcasted_iota(jnp.int32, x.shape, 0, layout=HEADS)
+    divided = x
+    if "k_scale" in ref:
+        k_inverse, v_inverse = 1.0 / ref["k_scale"][0], 1.0 / ref["v_scale"][0]
+        divided = jnp.where(row == group, x * k_inverse, x * v_inverse)
+    rounded = jnp.clip(divided, -EIGHT_BIT_MAXIMUM, EIGHT_BIT_MAXIMUM).astype(new.dtype)
+    for i, row_kept in enumerate((group, group + 1)):
+        mosaic.store(new.at[i, pl.ds(row_kept % 2, x.shape[0])], rounded)
+    mosaic.store(x_smem, jnp.where(row < group, x, rounded.astype(jnp.float32)).astype(x_smem.dtype))
+    plgpu.commit_smem()
+
+
+def dot_eight_bit_keys(keys, q_smem, interpret: bool):
+    """Scores [block, G'] float32 of keys [block, H], widened in registers, and queries [G', H] float16."""
+    if interpret:  # the interpreter has no wgmma with a register operand
+        wide = keys[...].astype(q_smem.dtype)
+        return jnp.dot(wide, q_smem[...].T, preferred_element_type=jnp.float32)
+    narrow = plgpu.load(keys, layout=plgpu.Layout.WGMMA_UPCAST_2X, optimized=False)
+    wide = plgpu.layout_cast(narrow, plgpu.Layout.WGMMA).astype(q_smem.dtype)
+
+    def multiply(acc):
+        plgpu.wgmma(acc, wide, q_smem.transpose((1, 0)))
+        return acc[...]
+
+    return pl.run_scoped(multiply, plgpu.ACC((keys.shape[0], q_smem.shape[0]), jnp.float32))
+
+
+def widen(narrow, wide) -> None:
+    """Copy an 8-bit tile [block, H] in shared memory to a 16-bit one; `commit_smem` is the caller's."""
+    values = plgpu.load(narrow, layout=plgpu.Layout.WGMMA_UPCAST_2X, optimized=False)
+    wide[...] = plgpu.layout_cast(values, plgpu.Layout.WGMMA).astype(wide.dtype)
+
+
 def stage_queries(x_smem, q_smem) -> None:
     """Copy the query rows from x_smem [rows, H] to q_smem [G', H], tiled for wgmma."""
-    queries = plgpu.load(x_smem.at[pl.ds(0, q_smem.shape[0])], layout=HEADS, optimized=False)
-    mosaic.store(q_smem, queries)
+    queries = _load(x_smem.at[pl.ds(0, q_smem.shape[0])], HEADS)
+    mosaic.store(q_smem, queries.astype(q_smem.dtype))
     plgpu.commit_smem()
 
 
@@ -105,22 +147,22 @@ def seed(shape: tuple[int, int, int], scores, value, sink, counts):
     return acc, maximum, denominator + _across(sum(weights) * (1.0 / block), denominator, 1)
 
 
-def merge(accs, maxima, denominators, count, at_once: int):
-    """The first `count` partial results [splits, H, G'], [splits, G'] twice: (acc, denominator) of all.
+def merge(ref, job, at_once: int):
+    """(acc, denominator) of all partial results of the (lane, kv head) of a job, loading `at_once` at a time.
 
-    `at_once` are loaded together: each takes registers, and saves waiting.
+    `ref` holds acc [places, H, G'], maximum and denominator [places, G'].
     """
-    _, head_dim, padded = accs.shape
-    last = count - 1
+    _, head_dim, padded = ref["acc"].shape
+    last = job.count - 1
 
     def step(i, state):
         acc, maximum, denominator = state
         # All loads before their first use.
         index = [i * at_once + j for j in range(at_once)]
-        place = [lax.min(j, last) for j in index]
-        their_maximum = [_load(maxima.at[j], SCORES) for j in place]
-        their_denominator = [_load(denominators.at[j], SCORES) for j in place]
-        their_acc = [_load(accs.at[j], plgpu.Layout.WGMMA) for j in place]
+        place = [job.place(lax.min(j, last)) for j in index]
+        their_maximum = [_load(ref["maximum"].at[j], SCORES) for j in place]
+        their_denominator = [_load(ref["denominator"].at[j], SCORES) for j in place]
+        their_acc = [_load(ref["acc"].at[j], plgpu.Layout.WGMMA) for j in place]
         new_maximum = maximum
         for theirs in their_maximum:
             new_maximum = jnp.maximum(new_maximum, theirs)
@@ -136,6 +178,6 @@ def merge(accs, maxima, denominators, count, at_once: int):
     acc = plgpu.layout_cast(jnp.zeros((head_dim, padded), jnp.float32), plgpu.Layout.WGMMA)
     maximum = plgpu.layout_cast(jnp.full((padded,), MASKED, jnp.float32), SCORES)
     denominator = plgpu.layout_cast(jnp.zeros((padded,), jnp.float32), SCORES)
-    trips = mosaic.ceil_div(count, at_once)
+    trips = mosaic.ceil_div(job.count, at_once)
     acc, _, denominator = lax.fori_loop(0, trips, step, (acc, maximum, denominator))
     return acc, denominator

@@ -20,32 +20,45 @@ from kernels_pallas import (
     reference,
     sample_kernel,
 )
-from kernels_pallas.checks import check_attention, check_pages, check_update
+from kernels_pallas.checks import check_attention, check_pages, check_scales, check_update
 from kernels_pallas.reference import LogProbabilities
 
 Implementation = Literal["reference", "mosaic"]
+type Scale = jax.Array | float | None
 
 
 def write_kv(
-    k_pages: jax.Array, v_pages: jax.Array, k: jax.Array, v: jax.Array, slots: jax.Array
+    k_pages: jax.Array,
+    v_pages: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    slots: jax.Array,
+    *,
+    k_scale: Scale = None,
+    v_scale: Scale = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Store the keys and values of T new tokens; in place when the pages are donated.
 
     Args:
         k_pages, v_pages: [P, K, S, H].
-        k, v: [T, K, H], cast to the dtype of the pages.
+        k, v: [T, K, H], rounded to the dtype of the pages; 8-bit types saturate.
         slots: [T] int32, `page * S + offset`; slots outside [0, P * S) are dropped (padding).
             The slots inside are distinct.
+        k_scale, v_scale: scalars by which k and v are divided before they are rounded; None is 1.
 
     Returns:
         (k_pages, v_pages) with the tokens stored.
+
+    Raises:
+        ValueError: shapes that do not fit together.
     """
     check_pages(k_pages, v_pages)
+    check_scales(k_scale, v_scale)
     _, num_kv_heads, _, head_dim = k_pages.shape
     wanted = (slots.shape[0], num_kv_heads, head_dim)
     if k.shape != wanted or v.shape != wanted:
         raise ValueError(f"k and v must be [T, K, H] = {wanted}, got {k.shape} and {v.shape}")
-    return reference.write_kv(k_pages, v_pages, k, v, slots)
+    return reference.write_kv(k_pages, v_pages, k, v, slots, k_scale, v_scale)
 
 
 def copy_pages(pages: jax.Array, src: jax.Array, dst: jax.Array) -> jax.Array:
@@ -76,6 +89,8 @@ def paged_decode(
     window: int | None = None,
     softcap: float | None = None,
     sinks: jax.Array | None = None,
+    k_scale: Scale = None,
+    v_scale: Scale = None,
     deterministic: bool = False,
     implementation: Implementation | None = None,
 ) -> jax.Array:
@@ -90,6 +105,8 @@ def paged_decode(
         window: only the last `window` positions are seen, the query's own among them.
         softcap: scores become `softcap * tanh(scores / softcap)`.
         sinks: [N], a logit per query head that takes part in the softmax and has no value.
+        k_scale, v_scale: scalars by which the stored keys and values are multiplied, those that `write_kv`
+            was given (pages of float8_e4m3fn); None is 1.
         deterministic: a kernel lane's bits do not depend on the size of its batch, at some cost in speed.
         implementation: 'reference' or 'mosaic' forces one; by default the kernel where it can run.
 
@@ -100,12 +117,14 @@ def paged_decode(
         ValueError: shapes that do not fit together, or an option out of range.
     """
     check_attention(q, k_pages, v_pages, page_table, lengths, window, softcap, sinks)
+    check_scales(k_scale, v_scale)
     if page_table.shape[0] != q.shape[0]:
         raise ValueError(f"page_table has {page_table.shape[0]} rows for {q.shape[0]} lanes")
     reason = decode_config.unsupported(q, k_pages, v_pages)
     page_table, lengths = _in_own_buffers(k_pages, page_table, lengths)
     operands = (q, k_pages, v_pages, page_table, lengths)
     options: dict[str, Any] = {"sm_scale": sm_scale, "window": window, "softcap": softcap, "sinks": sinks}
+    options |= {"k_scale": k_scale, "v_scale": v_scale}
     if _runs_kernel("paged_decode", implementation, reason):
         return decode_kernel.paged_decode(*operands, **options, deterministic=deterministic)
     return reference.paged_decode(*operands, **options)
@@ -127,6 +146,8 @@ def paged_decode_update(
     window: int | None = None,
     softcap: float | None = None,
     sinks: jax.Array | None = None,
+    k_scale: Scale = None,
+    v_scale: Scale = None,
     deterministic: bool = False,
     implementation: Implementation | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -147,6 +168,8 @@ def paged_decode_update(
         q_norm, k_norm: [H] weights of the root-mean-square norm of every head; both or neither.
         epsilon: added to the mean square.
         sm_scale, window, softcap, sinks, deterministic, implementation: as in `paged_decode`.
+        k_scale, v_scale: as in `paged_decode`; the new token is divided by them and rounded to the dtype of
+            the pages, and attended to as the pages hold it.
 
     Returns:
         (o [B, N, H] in the dtype of qkv, k_pages, v_pages).
@@ -155,12 +178,14 @@ def paged_decode_update(
         ValueError: shapes that do not fit together, or an option out of range.
     """
     check_update(qkv, k_pages, v_pages, page_table, lengths, cos, sin, q_norm, k_norm, window, softcap, sinks)
+    check_scales(k_scale, v_scale)
     num_lanes, num_kv_heads, rows, head_dim = qkv.shape
     q = jax.ShapeDtypeStruct((num_lanes, num_kv_heads * (rows - 2), head_dim), qkv.dtype)
     reason = decode_config.unsupported(q, k_pages, v_pages)
     reason = reason or decode_config.unsupported_rope(2 * cos.shape[1], head_dim)
     page_table, lengths = _in_own_buffers(k_pages, page_table, lengths)
     options: dict[str, Any] = {"sm_scale": sm_scale, "window": window, "softcap": softcap, "sinks": sinks}
+    options |= {"k_scale": k_scale, "v_scale": v_scale}
     if _runs_kernel("paged_decode_update", implementation, reason):
         return decode_kernel.paged_decode_update(
             qkv,
@@ -178,7 +203,7 @@ def paged_decode_update(
         )
     queries, k, v = reference.prepare_heads(qkv, cos, sin, q_norm, k_norm, epsilon)
     slots = reference.last_slots(page_table, lengths, k_pages.shape[2])
-    k_pages, v_pages = reference.write_kv(k_pages, v_pages, k, v, slots)
+    k_pages, v_pages = reference.write_kv(k_pages, v_pages, k, v, slots, k_scale, v_scale)
     # Where only the rope is beyond the kernel, the attention still runs as one.
     o = paged_decode(
         queries,
@@ -206,8 +231,8 @@ def ragged_prefill(
     softcap: float | None = None,
     sinks: jax.Array | None = None,
     span_ends: jax.Array | None = None,
-    k_scale: jax.Array | float | None = None,
-    v_scale: jax.Array | float | None = None,
+    k_scale: Scale = None,
+    v_scale: Scale = None,
     implementation: Implementation | None = None,
 ) -> jax.Array:
     """Causal attention of packed chunks of query tokens over paged keys and values (grouped-query).
@@ -228,8 +253,7 @@ def ragged_prefill(
         span_ends: [T] int32, per token the end (exclusive) of the positions it sees where that lies past its
             own: the tokens of an image see one another when each holds the end of the image. Never past
             the row's length. None is causal everywhere.
-        k_scale, v_scale: scalars by which the stored keys and values are multiplied (pages of
-            float8_e4m3fn); None is 1.
+        k_scale, v_scale: as in `paged_decode`.
 
     Returns:
         [T, N, H] in the dtype of q; padding gives zeros.
@@ -244,9 +268,7 @@ def ragged_prefill(
         raise ValueError(
             f"span_ends must be [T] = {q.shape[:1]} int32, got {span_ends.shape} {span_ends.dtype}"
         )
-    for name, value in (("k_scale", k_scale), ("v_scale", v_scale)):
-        if value is not None and jnp.ndim(value):
-            raise ValueError(f"{name} must be a scalar, got shape {jnp.shape(value)}")
+    check_scales(k_scale, v_scale)
     reason = prefill_kernel.unsupported(q, k_pages, v_pages, sinks)
     kernel = _runs_kernel("ragged_prefill", implementation, reason)
     page_table, lengths = _in_own_buffers(k_pages, page_table, lengths)

@@ -19,10 +19,17 @@ _MASKED = -1e30  # finite: exp(masked - masked) must not be NaN
 
 
 def write_kv(
-    k_pages: jax.Array, v_pages: jax.Array, k: jax.Array, v: jax.Array, slots: jax.Array
+    k_pages: jax.Array,
+    v_pages: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    slots: jax.Array,
+    k_scale: jax.Array | float | None = None,
+    v_scale: jax.Array | float | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Store the keys and values of T tokens. See `kernels_pallas.write_kv`."""
     num_pages, _, page_size, _ = k_pages.shape
+    k, v = _stored(k, k_scale, k_pages.dtype), _stored(v, v_scale, v_pages.dtype)
     if slots.shape[0] == 1:
         # XLA turns the scatter of a single row into a dynamic-update-slice, around which it may copy the whole
         # pool; two rows, one of them dropped, are written in place.
@@ -31,10 +38,27 @@ def write_kv(
     inside = (slots >= 0) & (slots < num_pages * page_size)
     page = jnp.where(inside, slots // page_size, num_pages)
     offset = slots % page_size
+    return _scatter(k_pages, k, page, offset), _scatter(v_pages, v, page, offset)
+
+
+def _scatter(pages: jax.Array, x: jax.Array, page: jax.Array, offset: jax.Array) -> jax.Array:
+    """pages [P, K, S, H] with x [T, K, H] at (page, offset); dropped where page is P."""
+    dtype = pages.dtype
+    if dtype.itemsize == 1:  # as integers: to scatter 8-bit floats, XLA would widen all of the pool on a CPU
+        pages, x = (lax.bitcast_convert_type(y, jnp.uint8) for y in (pages, x))
     # The two index arrays surround a slice, so the indexed view is [T, K, H].
-    k_pages = k_pages.at[page, :, offset].set(k.astype(k_pages.dtype), mode="drop")
-    v_pages = v_pages.at[page, :, offset].set(v.astype(v_pages.dtype), mode="drop")
-    return k_pages, v_pages
+    pages = pages.at[page, :, offset].set(x, mode="drop")
+    return lax.bitcast_convert_type(pages, dtype) if dtype.itemsize == 1 else pages
+
+
+def _stored(x: jax.Array, scale: jax.Array | float | None, dtype) -> jax.Array:
+    """x as pages hold it: divided by the scale, and saturated where the type is an 8-bit one."""
+    if scale is not None:
+        x = x.astype(jnp.float32) * (1.0 / scale)
+    if jnp.dtype(dtype).itemsize == 1:
+        largest = float(jnp.finfo(dtype).max)
+        x = jnp.clip(x.astype(jnp.float32), -largest, largest)
+    return x.astype(dtype)
 
 
 def prepare_heads(
@@ -92,12 +116,14 @@ def paged_decode(
     window: int | None = None,
     softcap: float | None = None,
     sinks: jax.Array | None = None,
+    k_scale: jax.Array | float | None = None,
+    v_scale: jax.Array | float | None = None,
 ) -> jax.Array:
     """Attention of one query token per lane. See `kernels_pallas.paged_decode`."""
     num_lanes, num_heads, head_dim = q.shape
     _, num_kv_heads, page_size, _ = k_pages.shape
     group = num_heads // num_kv_heads
-    scale = head_dim**-0.5 if sm_scale is None else sm_scale
+    scale = (head_dim**-0.5 if sm_scale is None else sm_scale) * (1.0 if k_scale is None else k_scale)
     block_pages, page_table = _page_blocks(page_table, page_size, DECODE_BLOCK)
     block = block_pages * page_size
 
@@ -119,7 +145,7 @@ def paged_decode(
     end = -(-jnp.max(lengths) // block)
     carry = lax.fori_loop(begin, end, step, _empty(queries))
     out = _normalise(carry, _sinks(sinks, num_kv_heads, group))
-    out = jnp.where((lengths > 0)[:, None, None, None], out, 0.0)
+    out = jnp.where((lengths > 0)[:, None, None, None], out, 0.0) * (1.0 if v_scale is None else v_scale)
     return out.reshape(num_lanes, num_heads, head_dim).astype(q.dtype)
 
 
@@ -218,6 +244,9 @@ def _tile_size(num_tokens: int, num_rows: int) -> int:
 def _gather(pages: jax.Array, ids: jax.Array) -> jax.Array:
     """Pages [P, K, S, H] at ids [..., n] as float32 [..., K, n * S, H]."""
     _, num_kv_heads, page_size, head_dim = pages.shape
+    if pages.dtype.itemsize == 1:
+        # Else XLA widens the whole pool on a CPU, once before the loop instead of a block in each trip.
+        pages, ids = lax.optimization_barrier((pages, ids))
     block = jnp.take(pages, ids, axis=0, mode="clip")  # [..., n, K, S, H]
     block = jnp.moveaxis(block, -4, -3)  # [..., K, n, S, H]
     shape = (*ids.shape[:-1], num_kv_heads, ids.shape[-1] * page_size, head_dim)

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kernels_pallas import bench, paged_decode, ragged_prefill, sample, tuning
+from kernels_pallas import bench, bench_decode, paged_decode_update, ragged_prefill, sample, tuning
 
 MARGIN = 0.02  # a candidate must gain this share: less is noise
 TOLERANCE = 2e-2  # of bfloat16 results
@@ -51,13 +51,13 @@ class Found:
 def decode_tasks(args: argparse.Namespace) -> Iterator[Task]:
     for heads in args.heads:
         for lanes in args.lanes:
-            case = bench.DecodeCase(f"{lanes} x {args.length}", (args.length,) * lanes, *heads)
+            case = bench_decode.DecodeCase(f"{lanes} x {args.length}", (args.length,) * lanes, *heads)
 
-            def result(case: bench.DecodeCase = case) -> jax.Array:
-                q, k_pages, v_pages, lengths, table, *_ = bench.decode_inputs(case)[0]
-                return jax.jit(_fresh(paged_decode))(q, k_pages, v_pages, table, lengths)
+            def result(case: bench_decode.DecodeCase = case) -> jax.Array:
+                pages, (qkv, lengths, cos, sin), tables = bench_decode.decode_inputs(case)
+                return jax.jit(_fresh(paged_decode_update))(qkv, *pages, tables[0], lengths, cos, sin)[0]
 
-            seconds = functools.partial(bench.time_decode, case, paged_decode)
+            seconds = functools.partial(bench_decode.time_update, case, paged_decode_update)
             yield Task("paged_decode", _name(case.name, heads), seconds, result)
 
 

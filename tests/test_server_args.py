@@ -144,6 +144,7 @@ def test_bad_flags_stop_the_parser(capsys):
         {"dtype": "int3"},
         {"load_format": "zip"},
         {"kv_cache_dtype": "fp4"},
+        {"quantization_param_path": "scales.json"},
         {"radix_eviction_policy": "mru"},
         {"log_level": "loud"},
         {"log_requests_level": 4},
@@ -210,7 +211,7 @@ def test_json_given_as_text_is_read_and_checked():
         ("model_loader_extra_config", '{"a": 1}'),
         ("schedule_policy", "hrrn"),
         ("radix_eviction_policy", "tlru"),
-        ("kv_cache_dtype", "fp8_e4m3"),
+        ("kv_cache_dtype", "fp8_e5m2"),
         ("load_format", "sharded_state"),
     ],
 )

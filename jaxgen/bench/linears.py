@@ -23,7 +23,7 @@ from jaxgen.layers.mlp import GatedMLP
 from jaxgen.layers.norm import RMSNorm
 from jaxgen.layers.quantization import SCHEMES, UNQUANTIZED, quantize, scheme_named
 from jaxgen.models.config import ModelConfig
-from kernels_pallas.bench import L2_BYTES, compiled_seconds
+from kernels_pallas.timing import L2_BYTES, compiled_seconds
 
 CHAINED = 4  # layers in one program: a launch and the host's share weigh little
 

@@ -82,12 +82,13 @@ def attend_decode(
     *,
     epsilon: float,
     window: int | None,
+    kv_scale: float | None = None,
     backends: AttentionBackends = AUTOMATIC,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Everything between the projections of a decode layer: head norms, rope, KV write and attention.
 
-    qkv [B, K, G + 2, H], cos and sin [B, rotary_dim / 2], norms of q and k [H] each, pages [P, K, S, H];
-    returns o [B, K, G, H] and the new pages.
+    qkv [B, K, G + 2, H], cos and sin [B, rotary_dim / 2], norms of q and k [H] each, pages [P, K, S, H], which
+    hold keys and values divided by kv_scale; returns o [B, K, G, H] and the new pages.
     """
     q_norm, k_norm = norms or (None, None)
     o, k_pages, v_pages = paged_decode_update(
@@ -102,6 +103,8 @@ def attend_decode(
         k_norm=k_norm,
         epsilon=epsilon,
         window=window,
+        k_scale=kv_scale,
+        v_scale=kv_scale,
         deterministic=backends.deterministic,
         implementation=backends.decode,
     )
@@ -120,6 +123,7 @@ def attend_prefill(
     *,
     epsilon: float,
     window: int | None,
+    kv_scale: float | None = None,
     backends: AttentionBackends = AUTOMATIC,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """As `attend_decode`, for packed prompts: qkv [T, K, G + 2, H] gives o [T, K, G, H]."""
@@ -130,7 +134,8 @@ def attend_prefill(
         qk = rms_norm(qk, jnp.stack([q_norm] * group + [k_norm]), epsilon)  # weight [G + 1, H]
     qk = apply_rope(qk, cos, sin)  # q and k together: one kernel instead of two
     q, k = qk[:, :, :-1], qk[:, :, -1]
-    k_pages, v_pages = write_kv(k_pages, v_pages, k, v, batch.slots)
+    scales = {"k_scale": kv_scale, "v_scale": kv_scale}
+    k_pages, v_pages = write_kv(k_pages, v_pages, k, v, batch.slots, **scales)
     o = ragged_prefill(
         q.reshape(q.shape[0], -1, q.shape[-1]),  # [T, N, H]
         k_pages,
@@ -139,6 +144,7 @@ def attend_prefill(
         batch.cu_seqlens,
         batch.lengths,
         window=window,
+        **scales,
         implementation=backends.prefill,
     )
     return o.reshape(q.shape), k_pages, v_pages
@@ -163,11 +169,15 @@ class Attention(nnx.Module):
         out_bias: bool = False,
         qk_norm_epsilon: float | None = None,
         window: int | None = None,
+        kv_scale: float | None = None,
         mesh: Mesh | None = None,
         backends: AttentionBackends = AUTOMATIC,
         linear: LinearMaker = Linear,
     ):
-        """`qk_norm_epsilon`: None leaves q and k unnormalised. `window`: None sees the whole context."""
+        """`qk_norm_epsilon`: None leaves q and k unnormalised. `window`: None sees the whole context.
+
+        `kv_scale`: keys and values are stored divided by it (an 8-bit KV cache); None stores them as they are.
+        """
         group = num_heads // num_kv_heads
         qkv_axes = ("kv_heads", None, None, "embed")
         self.qkv = linear(
@@ -183,6 +193,7 @@ class Attention(nnx.Module):
             self.k_norm = RMSNorm(head_dim, qk_norm_epsilon, dtype, axis=None)
         self.epsilon = qk_norm_epsilon or 0.0
         self.window = window
+        self.kv_scale = kv_scale
         self.mesh = mesh
         self.backends = backends
 
@@ -203,7 +214,9 @@ class Attention(nnx.Module):
 
     def _attend(self, qkv, cos, sin, k_pages, v_pages, batch):
         attend: Callable = attend_decode if isinstance(batch, DecodeBatch) else attend_prefill
-        attention = partial(attend, epsilon=self.epsilon, window=self.window, backends=self.backends)
+        attention = partial(
+            attend, epsilon=self.epsilon, window=self.window, kv_scale=self.kv_scale, backends=self.backends
+        )
         norms = None
         if self.q_norm is not None and self.k_norm is not None:
             norms = self.q_norm.weight[...], self.k_norm.weight[...]

@@ -43,6 +43,7 @@ class DecoderLayer(nnx.Module):
             out_bias=config.attention_out_bias,
             qk_norm_epsilon=config.rms_norm_eps if config.qk_norm else None,
             window=config.sliding_windows[index],
+            kv_scale=None if config.kv_scales is None else config.kv_scales[index],
             mesh=mesh,
             backends=backends,
             linear=linear,

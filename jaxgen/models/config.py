@@ -43,6 +43,8 @@ class ModelConfig:
     bos_token_id: int | None
     dtype: str
     """Type of the checkpoint's weights: float32, float16 or bfloat16."""
+    kv_scales: tuple[float, ...] | None = None
+    """Per layer: what keys and values are divided by for an 8-bit KV cache; None for nothing."""
 
     @classmethod
     def from_hf(

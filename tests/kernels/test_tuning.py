@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from kernels_pallas import tune, tuning
+from kernels_pallas import decode_kernel, paged_decode, tune, tuning
 from kernels_pallas.tuning import TuningTableError, config_for, read_ops, read_table, table_path, trying
 
 SHAPE = {"num_lanes": 64, "head_dim": 128}
@@ -192,6 +192,28 @@ def test_tasks_run_the_public_op(op):
     (made,) = tune.TASKS[op](args)
     assert made.result().shape == {"decode": (2, 4, 64), "prefill": (48, 4, 64)}[op]
     assert "4/2 x 64" in made.name
+
+
+def test_decode_asks_with_its_shape_and_runs_what_the_table_says(table, monkeypatch):
+    q, pages = jnp.zeros((2, 8, 64), jnp.bfloat16), jnp.zeros((5, 4, 16, 64), jnp.bfloat16)
+    operands = (q, pages, pages, jnp.zeros((2, 64), jnp.int32), jnp.zeros(2, jnp.int32))
+
+    def run(deterministic=False):
+        used = []
+        monkeypatch.setattr(decode_kernel, "_decode", lambda *a: used.append(a[-2]) or (q, pages, pages))
+        paged_decode(*operands, implementation="mosaic", deterministic=deterministic)
+        return used[0]
+
+    with trying("paged_decode") as trial:
+        default = run()
+    assert trial.shape == {
+        "num_lanes": 2, "num_kv_heads": 4, "group": 2, "head_dim": 64, "page_size": 16, "kv_bits": 16,
+    }  # fmt: skip
+    assert default in trial.candidates and len(set(trial.candidates)) > 10
+    fixed = run(deterministic=True)
+    table({"ops": {"paged_decode": [entry({"num_splits": default.num_splits + 3}, trial.shape)]}})
+    assert run().num_splits == default.num_splits + 3
+    assert run(deterministic=True) == fixed
 
 
 def test_heads_are_read_from_the_command_line():

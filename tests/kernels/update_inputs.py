@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import ml_dtypes
 import numpy as np
 
 from tests.kernels import oracle
@@ -16,6 +17,7 @@ class Update:
     cos: np.ndarray  # [B, rotary_dim / 2]
     sin: np.ndarray
     norms: tuple[np.ndarray, np.ndarray] | None
+    scales: tuple[np.ndarray, np.ndarray] | None = None  # of k_pages and v_pages
     epsilon: float = 1e-6
 
     def expected(self) -> tuple[np.ndarray, oracle.Paged]:
@@ -33,24 +35,38 @@ class Update:
         x = np.concatenate(
             [first * cos - second * sin, second * cos + first * sin, x[..., 2 * half :]], axis=-1
         ).astype(dtype)
-        keys, values = [k.copy() for k in self.kv.keys], [v.copy() for v in self.kv.values]
+        k_scale, v_scale = (1.0, 1.0) if self.scales is None else self.scales
         k_pages, v_pages = self.kv.k_pages.copy(), self.kv.v_pages.copy()
+        keys, values = [k * k_scale for k in self.kv.keys], [v * v_scale for v in self.kv.values]
         for lane, length in enumerate(self.kv.lengths):
             if length:
                 page = self.kv.page_table[lane, (length - 1) // page_size]
                 offset = (length - 1) % page_size
-                k_pages[page, :, offset] = x[lane, :, group]
-                v_pages[page, :, offset] = self.qkv[lane, :, group + 1]
-                keys[lane][:, -1], values[lane][:, -1] = x[lane, :, group], self.qkv[lane, :, group + 1]
+                k = saturated(x[lane, :, group] / k_scale, k_pages.dtype)
+                v = saturated(self.qkv[lane, :, group + 1] / v_scale, v_pages.dtype)
+                k_pages[page, :, offset], v_pages[page, :, offset] = k, v
+                keys[lane][:, -1], values[lane][:, -1] = k * k_scale, v * v_scale
         q = x[:, :, :group].reshape(num_lanes, num_kv_heads * group, head_dim)
         return q, oracle.Paged(keys, values, k_pages, v_pages, self.kv.page_table, self.kv.lengths)
 
 
 def random_update(
-    lengths, num_heads, num_kv_heads, head_dim, page_size, *, rotary_dim=None, norms=False, dtype, seed=0
+    lengths,
+    num_heads,
+    num_kv_heads,
+    head_dim,
+    page_size,
+    *,
+    rotary_dim=None,
+    norms=False,
+    dtype,
+    page_dtype=None,
+    scales=None,
+    seed=0,
 ) -> Update:
+    """`scales` (k, v) belong to 8-bit pages, of `page_dtype`; the pages are of `dtype` without it."""
     rng = np.random.default_rng(seed)
-    kv = oracle.paged(rng, lengths, num_kv_heads, head_dim, page_size, dtype=dtype)
+    kv = oracle.paged(rng, lengths, num_kv_heads, head_dim, page_size, dtype=page_dtype or dtype)
     for lane, length in enumerate(kv.lengths):
         if length:
             page, offset = kv.page_table[lane, (length - 1) // page_size], (length - 1) % page_size
@@ -59,4 +75,14 @@ def random_update(
     angles = rng.uniform(0, 6, size=(len(lengths), (rotary_dim or head_dim) // 2))
     weights = (1 + 0.3 * rng.normal(size=(2, head_dim))).astype(dtype)
     cos, sin = np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
-    return Update(qkv.astype(dtype), kv, cos, sin, (weights[0], weights[1]) if norms else None)
+    if scales is not None:
+        scales = np.float32(scales[0]), np.float32(scales[1])
+    return Update(qkv.astype(dtype), kv, cos, sin, (weights[0], weights[1]) if norms else None, scales)
+
+
+def saturated(x: np.ndarray, dtype) -> np.ndarray:
+    """x rounded to `dtype`, 8-bit types at most to their largest value."""
+    if np.dtype(dtype).itemsize > 1:
+        return x.astype(dtype)
+    largest = float(ml_dtypes.finfo(dtype).max)
+    return np.clip(x.astype(np.float32), -largest, largest).astype(dtype)
