@@ -21,7 +21,8 @@ class Reach:
     def of(self, length) -> tuple[Any, Any, Any, Any]:
         """(tokens in pages, first position seen, its block, blocks to read) for a length, or an array of them."""
         stored = jnp.maximum(length - 1, 0) if self.update else length
-        first = jnp.zeros_like(length) if self.window is None else jnp.maximum(length - self.window, 0)
+        # length * 0: under some circumstances Mosaic refuses the constant that zeros_like is.
+        first = length * 0 if self.window is None else jnp.maximum(length - self.window, 0)
         first_block = _div(first, self.block)
         return (
             stored,
