@@ -21,7 +21,7 @@ class Reach:
     def of(self, length) -> tuple[Any, Any, Any, Any]:
         """(tokens in pages, first position seen, its block, blocks to read) for a length, or an array of them."""
         stored = jnp.maximum(length - 1, 0) if self.update else length
-        # length * 0: under some circumstances Mosaic refuses the constant that zeros_like is.
+        # length * 0: in a kernel, zeros_like is an array constant, which Mosaic refuses under a mesh.
         first = length * 0 if self.window is None else jnp.maximum(length - self.window, 0)
         first_block = _div(first, self.block)
         return (
@@ -156,4 +156,5 @@ def run_stretch(reach: Reach, num_kv_heads: int, work, lengths, worker, run):
 
 
 def _div(x, n: int):
-    return lax.div(x, lax.full_like(x, n))
+    """x // n of an array, or of a scalar in a kernel, which must not meet the array constant of full_like."""
+    return lax.div(x, lax.full_like(x, n) if x.ndim else jnp.int32(n))
