@@ -34,13 +34,13 @@ def log_probabilities(logits, tokens, temperature, top_n):
 def _best_of_places(part: RowPart, factor):
     """Maximum and softmax denominator, scalars; best logit of each place of a chunk, and its token."""
 
-    def step(i, x, shift, state):
+    def step(i, x, shift, maxima, state):
         best, trips = state
         wins = x > best
         return jnp.where(wins, x, best), jnp.where(wins, i, trips)
 
     nothing = part.full(-jnp.inf), part.full(0, jnp.int32)
-    maximum, total, _, (best, trips) = part.softmax(factor, step, nothing)
+    maximum, total, _, _, (best, trips) = part.softmax(factor, step, nothing)
     return maximum, total, best, part.tokens(trips)
 
 

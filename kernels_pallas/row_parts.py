@@ -25,6 +25,7 @@ from kernels_pallas.mosaic import LOG2E
 LOWEST = -3.0e38  # below every logit that matters, and finite
 NO_TOKEN = 2**24  # token ids below it are exact in float32, in which parts report them
 CHUNK = 1024  # tokens in registers at once
+TURNS = 4  # buffers of exchanged scalars
 PARTS = 8  # the largest portable cluster
 MAX_VOCAB = PARTS * 32 * CHUNK  # a block waits for up to 32 chunks
 
@@ -127,7 +128,8 @@ class RowPart:
     def softmax(self, factor, also: Callable, state):
         """First pass: maximum (NaN: a bad row) and sum of `weight` against it, scalars, and another fold.
 
-        also(i, x, shift, state): shift is a logit near the maximum. Returns (maximum, sum, shift, state).
+        also(i, x, shift, maxima, state): shift is a logit near the maximum, maxima those of each place of a chunk
+        before this one. Returns (maximum, sum, shift, maxima, state).
         """
         # Weights against the maximum so far would cost another exponential each. The first chunk's maximum
         # serves as well, unless what follows is so much larger that the sum overflows.
@@ -136,7 +138,7 @@ class RowPart:
 
         def step(i, x, carry):
             maxima, sums, state = carry
-            state = also(i, x, shift, state)
+            state = also(i, x, shift, maxima, state)
             return jnp.maximum(maxima, x), sums + weight(x, shift, factor), state
 
         carry = (self.full(LOWEST), self.full(0.0), state)
@@ -150,14 +152,17 @@ class RowPart:
             return jnp.sum(self.fold(add, self.full(0.0)))
 
         total = lax.cond(total < 1e30, lambda: total * weight(shift, maximum, factor), sum_again)
-        return maximum, total, shift, state
+        return maximum, total, shift, maxima, state
 
     def report(self, i, value):
         """Put a float32 scalar where all parts of the row read it after they `meet`."""
         self.mine[i] = value
 
     def meet(self, turn):
-        """Wait until all parts of the row have come here, and bring what they reported. Turns alternate."""
+        """Wait until all parts of the row have come here, and bring what they reported.
+
+        No turn comes twice in a row: others may still be reading.
+        """
         theirs = self.theirs.at[turn]
         if not self.interpreted:
             mosaic.gather_cluster(self.mine, theirs, *theirs.shape)
@@ -172,7 +177,7 @@ class RowPart:
                 theirs[part, i] = exchange[self.lane, turn, part, i]
 
     def exchange(self, turn, values: Sequence) -> list[list]:
-        """The scalars of every part of the row, as float32; turns are 0 and 1 alternately."""
+        """The scalars of every part of the row, as float32; no turn comes twice in a row."""
         for i, value in enumerate(values):
             self.report(i, value.astype(jnp.float32))
         self.meet(turn)
@@ -203,11 +208,11 @@ def launch(body: Callable, cut: Cut, logits, operands, outputs, report_size: int
     scratch = [
         plgpu.SMEM((share, cut.chunk), jnp.float32),
         plgpu.SMEM((report_size,), jnp.float32),
-        plgpu.SMEM((2, cut.parts, report_size), jnp.float32),
+        plgpu.SMEM((TURNS, cut.parts, report_size), jnp.float32),
         plgpu.Barrier(num_barriers=share),
     ]
     if interpret is not None:  # it has no shared memory of clusters
-        exchange = (logits.shape[0], 2, cut.parts, report_size)
+        exchange = (logits.shape[0], TURNS, cut.parts, report_size)
         results.append(jax.ShapeDtypeStruct(exchange, jnp.float32))
         scratch.append(plgpu.ClusterBarrier(collective_axes=("part",), num_barriers=1))
 
