@@ -343,7 +343,8 @@ def sample(
     one pass, and the first candidate is already kept with the probability of the whole prefix.
     """
     logits = logits.astype(jnp.float32)
-    maximum = logits.max(axis=-1)  # [B]; NaN if the row holds one
+    maximum = logits.max(axis=-1)  # [B]
+    bad = jnp.isnan(logits).any(axis=-1)  # a maximum may lose the NaN on CPUs
     greedy = temperature <= 0.0
     vocab_size = logits.shape[1]
     ids = lax.broadcasted_iota(jnp.int32, logits.shape, 1)
@@ -356,7 +357,7 @@ def sample(
         weights = jnp.exp(scaled)
         noisy = lax.optimization_barrier(scaled + gumbel_noise(seeds, positions, vocab_size))
         budget = jnp.where(top_p < 1.0, top_p * weights.sum(axis=-1), jnp.inf)  # mass that may lie before
-        done = greedy | jnp.isnan(maximum) | ((top_k >= vocab_size) & (top_p >= 1.0) & (min_p <= 0.0))
+        done = greedy | bad | ((top_k >= vocab_size) & (top_p >= 1.0) & (min_p <= 0.0))
 
         def check(state):
             token, done = state
@@ -375,7 +376,7 @@ def sample(
 
     best = _first_argmax(logits)
     tokens = jnp.where(greedy, best, lax.cond(greedy.all(), lambda: best, draw))
-    return jnp.where(jnp.isnan(maximum), -1, tokens)
+    return jnp.where(bad, -1, tokens)
 
 
 def _first_argmax(x: jax.Array) -> jax.Array:

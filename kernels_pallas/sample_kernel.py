@@ -11,6 +11,7 @@ third one, and when those include all that the row keeps, it draws among them in
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Protocol
 
@@ -23,6 +24,8 @@ from kernels_pallas import reference, row_parts
 from kernels_pallas.row_parts import LOWEST, NO_TOKEN, Cut, RowPart, merge_softmax, weight
 
 SCANNED, LED, DRAWN, WEIGHED = range(row_parts.TURNS)  # exchanges between the parts of a row
+
+TYPICAL = 700  # leaders of a large row
 
 unsupported = row_parts.unsupported
 
@@ -182,6 +185,15 @@ class _Leaders:
         """Count and mass of the leaders, scalars float32."""
         return self._weigh(self.above, maximum)
 
+    def count_above(self, pivots):
+        """How many leaders are above each of the two pivots, scalars int32."""
+        full, counts = self.row.part.full, self.row.part.full(0, jnp.int32)
+        for x in self.logits:
+            for pivot, unit in zip(pivots, (1, 2**16), strict=True):
+                counts += jnp.where(x > pivot, full(unit, jnp.int32), full(0, jnp.int32))
+        both = jnp.sum(counts)  # one reduction: a part has fewer than 2**16 leaders
+        return both & (2**16 - 1), both >> 16
+
     def draw(self, candidate, maximum):
         triples = zip(self.trips, self.logits, self.scores, strict=True)
         return self._draw([jnp.where(self.row.before(i, x, candidate), s, LOWEST) for i, x, s in triples])
@@ -229,18 +241,38 @@ def _from_leaders(row: _Sampler):
     maximum, total = merge_softmax([report[:2] for report in reports], row.factor)
     floor = functools.reduce(jnp.maximum, [report[2] for report in reports])
     leaders = _Leaders(row, logits, trips, floor, maximum)
-    reports = row.part.exchange(LED, (*leaders.draw_all(), *leaders.weigh_all(maximum)))
+    pivots = _pivots(row, floor, maximum)
+    reports = row.part.exchange(
+        LED, (*leaders.draw_all(), *leaders.weigh_all(maximum), *leaders.count_above(pivots))
+    )
     count, mass = (sum(report[i] for report in reports) for i in (3, 4))
     complete = (count >= row.top_k) | (mass > total * row.top_p)
     complete |= (floor <= LOWEST) | ~row.likely(floor, maximum)
 
     def settle():
-        candidate = merge_winners([report[:3] for report in reports])
-        kept = row.kept(leaders, candidate, maximum, total)
+        token, value = merge_winners([report[:3] for report in reports])
+        bound = floor
+        for i, pivot in enumerate(pivots):
+            above = sum(report[5 + i] for report in reports)
+            bound = jnp.where(above >= row.top_k, pivot, bound)
+        behind = (value <= bound) & (token != NO_TOKEN)
+        candidate = jnp.where(behind, -1, token), jnp.where(behind, bound, value)
+        kept = lax.cond(
+            behind, lambda: jnp.bool_(False), lambda: row.kept(leaders, candidate, maximum, total)
+        )
         return row.settle(leaders, candidate, kept, maximum, total)
 
     token, value = lax.cond(complete, settle, lambda: (jnp.int32(NO_TOKEN), jnp.float32(-jnp.inf)))
     return maximum, total, token, value, complete
+
+
+def _pivots(row: _Sampler, floor, maximum):
+    """Two logits that should have a little more than top_k leaders above them, if the tail is exponential."""
+    wanted = jnp.log(row.top_k) * (1.0 / math.log(TYPICAL))
+    return [
+        floor + (maximum - floor) * jnp.clip(1.0 - wanted - math.log(c) / math.log(TYPICAL), 0.0, 1.0)
+        for c in (4.0, 1.5)
+    ]
 
 
 def _from_all(row: _Sampler):
@@ -282,4 +314,4 @@ def _sample(logits, temperature, top_k, top_p, min_p, seeds, positions, cut, int
     numbers = [jnp.minimum(factor, 1e30), jnp.minimum(top_k, NO_TOKEN), top_p, jnp.minimum(min_p, 1.0)]
     options = [*numbers, greedy, keeps_all, weighs, leads, *halves]
     operands = (jnp.stack([option.astype(jnp.float32) for option in options]),)
-    return row_parts.launch(_draw, cut, logits, operands, [((num_lanes,), jnp.int32)], 5, interpret)[0]
+    return row_parts.launch(_draw, cut, logits, operands, [((num_lanes,), jnp.int32)], 7, interpret)[0]

@@ -5,9 +5,12 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from kernels_pallas import mosaic, reference, sample_kernel
+from kernels_pallas import gumbel_noise, mosaic, reference, sample_kernel
 from kernels_pallas.row_parts import Cut
+from tests.kernels import oracle
 from tests.kernels.interpreter import no_races
 
 ALL = 2**30
@@ -17,7 +20,7 @@ def rows(logits_scale, vocab_size, seed=0):
     """A batch that asks for every option: greedy, plain, top-k, top-p, min-p, all together, ties, a NaN."""
     rng = np.random.default_rng(seed)
     temperature = np.array([0.0, 1.0, 0.8, 1.0, 1.3, 0.7, 1.0, 1.0], np.float32)
-    top_k = np.array([5, ALL, 40, ALL, ALL, 50, 3, ALL], np.int32)
+    top_k = np.array([5, ALL, 20, ALL, ALL, 50, 3, ALL], np.int32)
     top_p = np.array([0.5, 1.0, 1.0, 0.9, 1.0, 0.5, 1.0, 0.9], np.float32)
     min_p = np.array([0.0, 0.0, 0.0, 0.0, 0.1, 0.02, 0.0, 0.0], np.float32)
     logits = (rng.normal(size=(8, vocab_size)) * logits_scale).astype(np.float32)
@@ -37,6 +40,56 @@ def test_interpreted_kernel_draws_what_the_reference_draws(lanes):
     with no_races():
         got = sample_kernel._sample(*operands, Cut(1160, 256, 3), params)
     assert np.asarray(got).tolist() == np.asarray(reference.sample(*operands)).tolist()
+
+
+def logits_of(kind, scale, rng, vocab_size, chunk):
+    """A row of logits of one of the kinds that the kernel decides about in different ways."""
+    x = rng.normal(size=vocab_size) * scale
+    match kind:
+        case "peaked":
+            x[rng.integers(vocab_size)] += 20
+        case "tied":
+            x = np.round(x * 2)
+        case "equal":
+            x = np.zeros(vocab_size)
+        case "masked":  # so few tokens that no place of a chunk has three
+            x[rng.permutation(vocab_size)[8:]] = -np.inf
+        case "stacked":  # the largest of all chunks are at one place
+            x[rng.integers(chunk) :: chunk] += 10
+        case "bad":
+            x[rng.integers(vocab_size)] = np.nan
+    return x.astype(np.float32)
+
+
+KINDS = ["normal", "normal", "peaked", "tied", "equal", "masked", "stacked", "stacked", "bad"]
+LANES = st.tuples(
+    st.sampled_from(KINDS),
+    st.sampled_from([0.1, 1.0, 4.0]),  # of the logits
+    st.sampled_from([0.5, 0.8, 2.0]),  # temperature
+    st.sampled_from([1, 3, 4, 4, 5, 40, ALL]),  # top_k; up to 4 begin with the leaders
+    st.sampled_from([0.13, 0.93, 1.0]),  # top_p
+    st.sampled_from([0.0, 0.0, 0.07, 1.0]),  # min_p
+)
+
+
+@settings(max_examples=16, deadline=None, derandomize=True)
+@given(lanes=st.lists(LANES, min_size=4, max_size=4), seed=st.integers(0, 1000))
+def test_interpreted_kernel_draws_the_noisy_maximum_of_the_kept_tokens(lanes, seed):
+    rng = np.random.default_rng(seed)
+    kinds, scales, *options = zip(*lanes, strict=True)
+    logits = np.stack([logits_of(*lane[:2], rng, 600, 128) for lane in lanes])
+    options = [
+        np.asarray(option, dtype) for option, dtype in zip(options, ("f4", "i4", "f4", "f4"), strict=True)
+    ]
+    seeds = np.arange(4, dtype=np.int32) + seed
+    got = sample_kernel._sample(logits, *options, seeds, seeds, Cut(600, 128, 1), plgpu.InterpretGPUParams())
+    noise = np.asarray(gumbel_noise(seeds, seeds, 600), np.float64)
+    for row, (kind, _, temperature, *truncation) in enumerate(lanes):
+        if kind == "bad":
+            assert got[row] == -1
+            continue
+        kept = oracle.kept_tokens(logits[row], temperature, *truncation)
+        assert got[row] == np.where(kept, logits[row] / temperature + noise[row], -np.inf).argmax()
 
 
 @pytest.mark.parametrize("vocab_size", [1024, 32000, 151936, 262144])

@@ -111,6 +111,12 @@ def test_a_row_with_nan_gives_minus_one_and_leaves_the_others_alone():
         assert got.tolist() == [-1, 1, -1]
 
 
+def test_a_nan_anywhere_in_a_wide_row_is_found():
+    logits = np.zeros((8, 2048), np.float32)
+    logits[range(8), np.arange(8) * 290] = np.nan
+    assert (np.asarray(sample(logits, *options(8, top_k=5))) == -1).all()
+
+
 def test_masked_tokens_and_tiny_temperatures_are_safe():
     logits = np.array([-np.inf, 1e4, -np.inf, 9.9e3, -np.inf], np.float32)
     assert drawn_set(logits, temperature=1e-5) == {1}
