@@ -197,15 +197,18 @@ def merge_softmax(reports: Sequence[Sequence], factor):
     return maximum, sum(report[1] * weight(report[0], maximum, factor) for report in reports)
 
 
-def launch(body: Callable, cut: Cut, logits, operands, outputs, report_size: int, interpret) -> Any:
-    """Run body(part: RowPart, *refs of operands and outputs) by a cluster per lane of the logits [B, V].
+def launch(
+    body: Callable, cut: Cut, logits, operands, outputs, report_size: int, interpret, own: Sequence = ()
+) -> Any:
+    """Run body(part: RowPart, *refs of operands, outputs, own) by a cluster per lane of the logits [B, V].
 
-    outputs: their (shape, dtype); report_size: the float32 scalars of an exchange.
+    outputs: their (shape, dtype); report_size: the float32 scalars of an exchange; own: shared memory of the body.
     """
 
     share = math.ceil(cut.trips / cut.parts)
     results = [mosaic.out_like(*output, logits, *operands) for output in outputs]
     scratch = [
+        *own,
         plgpu.SMEM((share, cut.chunk), jnp.float32),
         plgpu.SMEM((report_size,), jnp.float32),
         plgpu.SMEM((TURNS, cut.parts, report_size), jnp.float32),
@@ -218,11 +221,11 @@ def launch(body: Callable, cut: Cut, logits, operands, outputs, report_size: int
 
     def kernel(logits_ref, *refs):
         count = len(operands) + len(outputs)
-        *exchange, smem, mine, theirs, arrived = refs[count : len(operands) + len(results) + 4]
-        met = refs[len(operands) + len(results) + 4 :]
-        part = RowPart(cut, logits_ref, smem, mine, theirs, arrived, *exchange, *met)
+        given, exchange = refs[:count], refs[count : len(operands) + len(results)]
+        mine = refs[len(operands) + len(results) :]
+        part = RowPart(cut, logits_ref, *mine[len(own) : len(own) + 4], *exchange, *mine[len(own) + 4 :])
         part.fetch()
-        body(part, *refs[:count])
+        body(part, *given, *mine[: len(own)])
 
     return plgpu.kernel(
         kernel,

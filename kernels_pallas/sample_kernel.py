@@ -13,19 +13,20 @@ third one, and when those include all that the row keeps, it draws among them in
 import functools
 import math
 from collections.abc import Callable
-from typing import Protocol
 
 import jax
+import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from kernels_pallas import reference, row_parts
+from kernels_pallas import mosaic, reference, row_parts
 from kernels_pallas.row_parts import LOWEST, NO_TOKEN, Cut, RowPart, merge_softmax, weight
 
 SCANNED, LED, DRAWN, WEIGHED = range(row_parts.TURNS)  # exchanges between the parts of a row
 
-TYPICAL = 700  # leaders of a large row
+KEPT, REJECTED, UNKNOWN = range(3)  # verdicts on a candidate
+TYPICAL = 700  # leaders above the floor, of a large row
 
 unsupported = row_parts.unsupported
 
@@ -36,21 +37,14 @@ def sample(logits, temperature, top_k, top_p, min_p, seeds, positions):
     return _sample(*operands, Cut(logits.shape[1]), None)
 
 
-class _Tokens(Protocol):
-    """Tokens of one part of a row; a candidate is a (token, logit)."""
-
-    def weigh(self, candidate, maximum):
-        """Count and mass of the tokens before the candidate, scalars float32."""
-
-    def draw(self, candidate, maximum):
-        """Score, token and logit of the noisy maximum among the likely ones before the candidate, scalars."""
-
-
 class _Sampler:
-    """The options of a row, and the passes over one part of it that draw its token."""
+    """The options of a row, and the passes over one part of it that draw its token.
 
-    def __init__(self, part: RowPart, options):
-        self.part = part
+    A candidate is a (token, logit).
+    """
+
+    def __init__(self, part: RowPart, options, leaders: "_Leaders"):
+        self.part, self.leaders = part, leaders
         values = [options[i, part.lane] for i in range(options.shape[0])]
         self.factor, self.top_k, self.top_p, self.min_p = values[:4]
         self.greedy, self.keeps_all, self.weighs, self.leads = (value != 0 for value in values[4:8])
@@ -101,21 +95,31 @@ class _Sampler:
         maximum, total, score, token = lax.cond(self.greedy, greedy, noisy)
         return maximum, total, score, token, self.part.value(token)
 
-    def weigh(self, candidate, maximum):
+    def fold(self, leading, step: Callable, state):
+        """step(trips, x, state) over all tokens, or over the leaders alone."""
+        return lax.cond(
+            leading, lambda: self.leaders.fold(self.part, step, state), lambda: self.part.fold(step, state)
+        )
+
+    def weigh(self, leading, candidate, maximum):
+        """Count and mass of the tokens before the candidate, scalars float32."""
+
         def step(i, x, state):
             count, mass = state
             before = jnp.where(self.before(i, x, candidate), self.part.full(1.0), self.part.full(0.0))
             return count + before, mass + before * weight(x, maximum, self.factor)
 
-        counts, masses = self.part.fold(step, (self.part.full(0.0), self.part.full(0.0)))
+        counts, masses = self.fold(leading, step, (self.part.full(0.0), self.part.full(0.0)))
         return jnp.sum(counts), jnp.sum(masses)
 
-    def draw(self, candidate, maximum):
+    def draw(self, leading, candidate, maximum):
+        """Score, token and logit of the `winner` among the likely tokens before the candidate, scalars."""
+
         def step(i, x, best):
             among = self.before(i, x, candidate) & self.likely(x, maximum)
             return better(among, i, self.score(i, x, maximum), best)
 
-        score, token = self.winner(self.part.fold(step, self.nothing()))
+        score, token = self.winner(self.fold(leading, step, self.nothing()))
         return score, token, self.part.value(token)
 
     def winner(self, state):
@@ -125,96 +129,51 @@ class _Sampler:
         token = -jnp.max(jnp.where(best == top, -self.part.tokens(trips), -NO_TOKEN))
         return top, jnp.where(top > LOWEST, token, NO_TOKEN)
 
-    def kept(self, tokens: _Tokens, candidate, maximum, total):
-        """Whether the row keeps the candidate, which is among the tokens, or there is none."""
-        none = candidate[0] == NO_TOKEN
-        likely = self.likely(candidate[1], maximum)
+    def settle(self, leading, candidate, verdict, maximum, total):
+        """The token of the row: while the candidate is not kept, another is drawn before it."""
 
-        def weigh():
-            reports = self.part.exchange(WEIGHED, tokens.weigh(candidate, maximum))
-            count, mass = (sum(report[i] for report in reports) for i in range(2))
-            within = (count < self.top_k) & (mass <= total * self.top_p)
-            return within | (count == 0.0)  # the first token is always kept
+        def kept(candidate):
+            none = candidate[0] == NO_TOKEN
+            likely = self.likely(candidate[1], maximum)
 
-        return lax.cond(likely & self.weighs & ~none, weigh, lambda: likely | none)
+            def weigh():
+                reports = self.part.exchange(WEIGHED, self.weigh(leading, candidate, maximum))
+                count, mass = (sum(report[i] for report in reports) for i in range(2))
+                within = (count < self.top_k) & (mass <= total * self.top_p)
+                return within | (count == 0.0)  # the first token is always kept
 
-    def settle(self, tokens: _Tokens, candidate, done, maximum, total):
-        """The candidate if done, or the first of those drawn before it that the row keeps."""
+            return lax.cond(likely & self.weighs & ~none, weigh, lambda: likely | none)
 
-        def draw_again(state):
-            candidate = merge_winners(self.part.exchange(DRAWN, tokens.draw(state[0], maximum)))
-            return candidate, self.kept(tokens, candidate, maximum, total)
+        def draw(candidate):
+            return merge_winners(self.part.exchange(DRAWN, self.draw(leading, candidate, maximum)))
 
-        return lax.while_loop(lambda state: ~state[1], draw_again, (candidate, done))[0]
+        def judge(state):
+            candidate, verdict = state
+            keeps = lax.cond(verdict == REJECTED, lambda: jnp.bool_(False), lambda: kept(candidate))
+            candidate = lax.cond(keeps, lambda: candidate, lambda: draw(candidate))
+            return candidate, jnp.where(keeps, KEPT, UNKNOWN)
+
+        return lax.while_loop(lambda state: state[1] != KEPT, judge, (candidate, verdict))[0][0]
 
 
 class _Leaders:
-    """The two largest tokens of each place of a chunk that are above a floor, and draws among them."""
+    """The two largest logits of each place of a chunk and the trips they are from, in shared memory."""
 
-    def __init__(self, row: _Sampler, logits, trips, floor, maximum):
-        self.row, self.logits, self.trips = row, logits, trips
-        self.above = [x > floor for x in logits]
-        self.scores = [
-            jnp.where(above & row.likely(x, maximum), row.score(i, x, maximum), LOWEST)
-            for i, x, above in zip(trips, logits, self.above, strict=True)
-        ]
+    def __init__(self, logits_ref, trips_ref):
+        self.refs = logits_ref, trips_ref
 
-    @staticmethod
-    def scan(row: _Sampler):
-        """First pass: maximum and softmax denominator, the largest logit that is no leader, logits and trips."""
+    def fold(self, part: RowPart, step: Callable, state):
+        def again(j, state):
+            x, trips = (plgpu.load(ref.at[j], layout=part.layout, optimized=False) for ref in self.refs)
+            return step(trips, x, state)
 
-        def also(i, x, shift, first, state):
-            second, third, first_trip, second_trip = state
-            leads, follows = x > first, x > second
-            second_trip = jnp.where(leads, first_trip, jnp.where(follows, i, second_trip))
-            third = jnp.maximum(third, jnp.minimum(x, second))
-            second = jnp.maximum(second, jnp.minimum(x, first))
-            return second, third, jnp.where(leads, i, first_trip), second_trip
+        return lax.fori_loop(0, 2, again, state)
 
-        lowest, start = row.part.full(LOWEST), row.part.full(0, jnp.int32)
-        maximum, total, _, first, (second, third, *trips) = row.part.softmax(
-            row.factor, also, (lowest, lowest, start, start)
-        )
-        return maximum, total, jnp.max(third), (first, second), trips
-
-    def weigh(self, candidate, maximum):
-        pairs = zip(self.trips, self.logits, strict=True)
-        return self._weigh([self.row.before(i, x, candidate) for i, x in pairs], maximum)
-
-    def weigh_all(self, maximum):
-        """Count and mass of the leaders, scalars float32."""
-        return self._weigh(self.above, maximum)
-
-    def count_above(self, pivots):
-        """How many leaders are above each of the two pivots, scalars int32."""
-        full, counts = self.row.part.full, self.row.part.full(0, jnp.int32)
-        for x in self.logits:
-            for pivot, unit in zip(pivots, (1, 2**16), strict=True):
-                counts += jnp.where(x > pivot, full(unit, jnp.int32), full(0, jnp.int32))
-        both = jnp.sum(counts)  # one reduction: a part has fewer than 2**16 leaders
-        return both & (2**16 - 1), both >> 16
-
-    def draw(self, candidate, maximum):
-        triples = zip(self.trips, self.logits, self.scores, strict=True)
-        return self._draw([jnp.where(self.row.before(i, x, candidate), s, LOWEST) for i, x, s in triples])
-
-    def draw_all(self):
-        """Score, token and logit of the noisy maximum among the likely leaders, scalars."""
-        return self._draw(self.scores)
-
-    def _weigh(self, among, maximum):
-        count, mass = self.row.part.full(0.0), self.row.part.full(0.0)
-        for x, of in zip(self.logits, among, strict=True):
-            one = jnp.where(of, self.row.part.full(1.0), self.row.part.full(0.0))
-            count, mass = count + one, mass + one * weight(x, maximum, self.row.factor)
-        return jnp.sum(count), jnp.sum(mass)
-
-    def _draw(self, scores):
-        (first, second), (first_trip, second_trip) = scores, self.trips
-        wins = (second > first) | ((second == first) & (second_trip < first_trip))
-        best = jnp.where(wins, second, first), jnp.where(wins, second_trip, first_trip)
-        score, token = self.row.winner(best)
-        return score, token, self.row.part.value(token)
+    def store(self, logits, trips):
+        for ref, arrays in zip(self.refs, (logits, trips), strict=True):
+            for j, array in enumerate(arrays):
+                mosaic.store(ref.at[j], array)
+        plgpu.commit_smem()
 
 
 def better(among, trip, scores, state):
@@ -234,65 +193,70 @@ def merge_winners(reports):
     return token.astype(jnp.int32), value
 
 
-def _from_leaders(row: _Sampler):
-    """Maximum, softmax denominator, candidate and whether it is the row's token; if not, all are before it."""
-    *scanned, logits, trips = _Leaders.scan(row)
-    reports = row.part.exchange(SCANNED, scanned)
-    maximum, total = merge_softmax([report[:2] for report in reports], row.factor)
-    floor = functools.reduce(jnp.maximum, [report[2] for report in reports])
-    leaders = _Leaders(row, logits, trips, floor, maximum)
-    pivots = _pivots(row, floor, maximum)
-    reports = row.part.exchange(
-        LED, (*leaders.draw_all(), *leaders.weigh_all(maximum), *leaders.count_above(pivots))
-    )
-    count, mass = (sum(report[i] for report in reports) for i in (3, 4))
-    complete = (count >= row.top_k) | (mass > total * row.top_p)
-    complete |= (floor <= LOWEST) | ~row.likely(floor, maximum)
-
-    def settle():
-        token, value = merge_winners([report[:3] for report in reports])
-        bound = floor
-        for i, pivot in enumerate(pivots):
-            above = sum(report[5 + i] for report in reports)
-            bound = jnp.where(above >= row.top_k, pivot, bound)
-        behind = (value <= bound) & (token != NO_TOKEN)
-        candidate = jnp.where(behind, -1, token), jnp.where(behind, bound, value)
-        kept = lax.cond(
-            behind, lambda: jnp.bool_(False), lambda: row.kept(leaders, candidate, maximum, total)
-        )
-        return row.settle(leaders, candidate, kept, maximum, total)
-
-    token, value = lax.cond(complete, settle, lambda: (jnp.int32(NO_TOKEN), jnp.float32(-jnp.inf)))
-    return maximum, total, token, value, complete
-
-
-def _pivots(row: _Sampler, floor, maximum):
-    """Two logits that should have a little more than top_k leaders above them, if the tail is exponential."""
-    wanted = jnp.log(row.top_k) * (1.0 / math.log(TYPICAL))
-    return [
-        floor + (maximum - floor) * jnp.clip(1.0 - wanted - math.log(c) / math.log(TYPICAL), 0.0, 1.0)
-        for c in (4.0, 1.5)
-    ]
-
-
 def _from_all(row: _Sampler):
-    """Maximum, softmax denominator, candidate and whether it is the row's token."""
+    """Maximum, softmax denominator, whether to go on with leaders alone, the verdict on a candidate, and it."""
     reports = row.part.exchange(SCANNED, row.scan())
     maximum, total = merge_softmax([report[:2] for report in reports], row.factor)
     candidate = merge_winners(
         [(score + (top - maximum) * row.factor, *winner) for top, _, score, *winner in reports]
     )
-    done = row.keeps_all | (maximum != maximum)
-    done = lax.cond(done, lambda: jnp.bool_(True), lambda: row.kept(row, candidate, maximum, total))
-    return maximum, total, *candidate, done
+    verdict = jnp.where(row.keeps_all, KEPT, UNKNOWN)
+    return maximum, total, jnp.bool_(False), verdict, *candidate
 
 
-def _draw(part: RowPart, options, out_ref):
-    row = _Sampler(part, options)
-    first: Callable = functools.partial(_from_all, row)
-    maximum, total, *candidate, done = lax.cond(row.leads, functools.partial(_from_leaders, row), first)
+def _from_leaders(row: _Sampler):
+    """As `_from_all`, by a first pass that finds the leaders and draws no noise."""
+
+    def also(i, x, shift, first, state):
+        second, third, first_trip, second_trip = state
+        leads, follows = x > first, x > second
+        second_trip = jnp.where(leads, first_trip, jnp.where(follows, i, second_trip))
+        third = jnp.maximum(third, jnp.minimum(x, second))
+        second = jnp.maximum(second, jnp.minimum(x, first))
+        return second, third, jnp.where(leads, i, first_trip), second_trip
+
+    part, full = row.part, row.part.full
+    start = full(LOWEST), full(LOWEST), full(0, jnp.int32), full(0, jnp.int32)
+    maximum, total, _, first, (second, third, *trips) = part.softmax(row.factor, also, start)
+    row.leaders.store((first, second), trips)
+
+    reports = part.exchange(SCANNED, (maximum, total, jnp.max(third)))
+    maximum, total = merge_softmax([report[:2] for report in reports], row.factor)
+    floor = functools.reduce(jnp.maximum, [report[2] for report in reports])
+    pivot = _pivot(row.top_k, floor, maximum)
+
+    def step(i, x, state):
+        counts, masses = state
+        above = x > floor
+        counts += jnp.where(above, full(1, jnp.int32), full(0, jnp.int32))
+        counts += jnp.where(x > pivot, full(2**16, jnp.int32), full(0, jnp.int32))
+        return counts, masses + jnp.where(above, weight(x, maximum, row.factor), 0.0)
+
+    counts, masses = row.leaders.fold(part, step, (full(0, jnp.int32), full(0.0)))
+    counts = jnp.sum(counts)  # of both in one reduction: a part has fewer than 2**16 leaders
+    reports = part.exchange(LED, (counts & (2**16 - 1), counts >> 16, jnp.sum(masses)))
+    count, behind_pivot, mass = (sum(report[i] for report in reports) for i in range(3))
+    complete = (count >= row.top_k) | (mass > total * row.top_p)
+    complete |= (floor <= LOWEST) | ~row.likely(floor, maximum)
+    floor = jnp.where(behind_pivot >= row.top_k, pivot, floor)
+    # No token is left out of the first draw among all, and none at the floor gets into one among the leaders.
+    token, value = jnp.where(complete, -1, NO_TOKEN), jnp.where(complete, floor, -jnp.inf)
+    return maximum, total, complete, jnp.int32(REJECTED), token, value
+
+
+def _pivot(top_k, floor, maximum):
+    """A logit with about 2.5 top_k tokens above it, if the tail is exponential and TYPICAL above the floor."""
+    share = 1.0 - jnp.log(2.5 * top_k) * (1.0 / math.log(TYPICAL))
+    return floor + (maximum - floor) * jnp.clip(share, 0.0, 1.0)
+
+
+def _draw(part: RowPart, options, out_ref, *leader_refs):
+    row = _Sampler(part, options, _Leaders(*leader_refs))
+    maximum, total, leading, verdict, *candidate = lax.cond(
+        row.leads, functools.partial(_from_leaders, row), functools.partial(_from_all, row)
+    )
     bad = maximum != maximum
-    token, _ = row.settle(row, tuple(candidate), done | bad, maximum, total)
+    token = row.settle(leading, tuple(candidate), jnp.where(bad, KEPT, verdict), maximum, total)
 
     @pl.when(part.part == 0)
     def _store():
@@ -314,4 +278,6 @@ def _sample(logits, temperature, top_k, top_p, min_p, seeds, positions, cut, int
     numbers = [jnp.minimum(factor, 1e30), jnp.minimum(top_k, NO_TOKEN), top_p, jnp.minimum(min_p, 1.0)]
     options = [*numbers, greedy, keeps_all, weighs, leads, *halves]
     operands = (jnp.stack([option.astype(jnp.float32) for option in options]),)
-    return row_parts.launch(_draw, cut, logits, operands, [((num_lanes,), jnp.int32)], 7, interpret)[0]
+    outputs = [((num_lanes,), jnp.int32)]
+    leaders = [plgpu.SMEM((2, cut.chunk), dtype) for dtype in (jnp.float32, jnp.int32)]
+    return row_parts.launch(_draw, cut, logits, operands, outputs, 5, interpret, leaders)[0]
