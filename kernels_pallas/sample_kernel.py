@@ -235,19 +235,20 @@ def _from_leaders(row: _Sampler):
     counts, masses = row.leaders.fold(part, step, (full(0, jnp.int32), full(0.0)))
     counts = jnp.sum(counts)  # of both in one reduction: a part has fewer than 2**16 leaders
     reports = part.exchange(LED, (counts & (2**16 - 1), counts >> 16, jnp.sum(masses)))
-    count, behind_pivot, mass = (sum(report[i] for report in reports) for i in range(3))
+    count, before_pivot, mass = (sum(report[i] for report in reports) for i in range(3))
     complete = (count >= row.top_k) | (mass > total * row.top_p)
     complete |= (floor <= LOWEST) | ~row.likely(floor, maximum)
-    floor = jnp.where(behind_pivot >= row.top_k, pivot, floor)
-    # No token is left out of the first draw among all, and none at the floor gets into one among the leaders.
-    token, value = jnp.where(complete, -1, NO_TOKEN), jnp.where(complete, floor, -jnp.inf)
+    # Before the first draw stand a logit that the row does not reach down to, or else all tokens.
+    known, lowest = before_pivot >= row.top_k, jnp.where(complete, floor, -jnp.inf)
+    value = jnp.where(known, jnp.maximum(pivot, lowest), lowest)
+    token = jnp.where(known | complete, -1, NO_TOKEN)
     return maximum, total, complete, jnp.int32(REJECTED), token, value
 
 
 def _pivot(top_k, floor, maximum):
     """A logit with about 2.5 top_k tokens above it, if the tail is exponential and TYPICAL above the floor."""
     share = 1.0 - jnp.log(2.5 * top_k) * (1.0 / math.log(TYPICAL))
-    return floor + (maximum - floor) * jnp.clip(share, 0.0, 1.0)
+    return floor + (maximum - floor) * jnp.clip(share, -1.0, 1.0)
 
 
 def _draw(part: RowPart, options, out_ref, *leader_refs):
@@ -270,7 +271,7 @@ def _sample(logits, temperature, top_k, top_p, min_p, seeds, positions, cut, int
     greedy = temperature <= 0.0
     weighs = (top_k < vocab_size) | (top_p < 1.0)
     keeps_all = greedy | ~(weighs | (min_p > 0.0))
-    leads = ~greedy & (top_k <= cut.parts * cut.chunk // 32)  # leaders with three of them in a place are rare
+    leads = ~greedy & (top_k <= cut.parts * cut.chunk // 4)
     factor = jnp.where(greedy, 1.0, 1.0 / jnp.where(greedy, 1.0, temperature))
     halves = [half for key in reference.row_keys(seeds, positions) for half in (key >> 16, key & 0xFFFF)]
     top_p = jnp.where(top_p < 1.0, top_p, jnp.inf)
