@@ -67,7 +67,7 @@ def quantise(x_smem, new, ref, group: int) -> None:
     if "k_scale" in ref:
         k_inverse, v_inverse = 1.0 / ref["k_scale"][0], 1.0 / ref["v_scale"][0]
         divided = jnp.where(row == group, x * k_inverse, x * v_inverse)
-    rounded = jnp.clip(divided, -EIGHT_BIT_MAXIMUM, EIGHT_BIT_MAXIMUM).astype(new.dtype)
+    rounded = jnp.minimum(jnp.maximum(divided, -EIGHT_BIT_MAXIMUM), EIGHT_BIT_MAXIMUM).astype(new.dtype)
     mosaic.store(new, rounded)
     mosaic.store(x_smem, jnp.where(row < group, x, rounded.astype(jnp.float32)).astype(x_smem.dtype))
     plgpu.commit_smem()
