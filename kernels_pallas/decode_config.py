@@ -15,16 +15,11 @@ BUFFER_BYTES = 200 << 10  # of shared memory for keys and values
 
 @dataclass(frozen=True)
 class DecodeConfig:
-    """Tuning of one shape: KV tokens per trip, trips in flight, and the division of the work.
-
-    That is either at most `num_splits` shares of each lane's KV, whatever the other lanes, or an equal stretch
-    of all the work for each of `workers` blocks of threads.
-    """
+    """Tuning of one shape: KV tokens per trip, trips in flight, shares a lane's KV is cut into at most."""
 
     block_kv: int
     stages: int
-    num_splits: int = 1
-    workers: int = 0
+    num_splits: int
 
 
 def default_config(num_lanes: int, num_kv_heads: int, head_dim: int, capacity: int) -> DecodeConfig:
@@ -66,7 +61,6 @@ def candidates(
             continue
         for blocks_of_threads in (132, 264, 528):
             yield DecodeConfig(block_kv, stages, max(1, blocks_of_threads // pairs))
-        yield from (DecodeConfig(block_kv, stages, workers=workers) for workers in (132, 264))
 
 
 def blocks_per_split(num_blocks, num_splits: int):
@@ -91,8 +85,13 @@ def unsupported(q: jax.Array, k_pages: jax.Array, v_pages: jax.Array) -> str | N
     return mosaic.unsupported_paging(page_size, group)
 
 
-def unsupported_rope(rotary_dim: int, head_dim: int) -> str | None:
-    """Why the kernel cannot rotate by that many dimensions itself; None if it can."""
+def unsupported_update(rotary_dim: int, k_pages: jax.Array) -> str | None:
+    """Why the kernel cannot rotate by that many dimensions and store the token; None if it can."""
+    head_dim = k_pages.shape[3]
+    if (
+        head_dim * k_pages.dtype.itemsize < 128
+    ):  # the copy engine takes no rows from odd multiples of 64 bytes
+        return f"head_dim {head_dim} of {k_pages.dtype} pages is less than 128"
     if rotary_dim % 64 or (head_dim - rotary_dim) % 32:
         return f"rotary_dim {rotary_dim} is not a multiple of 64"
     return None

@@ -22,8 +22,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from kernels_pallas import decode_parts, decode_work, mosaic
-from kernels_pallas.decode_config import DecodeConfig, choose_config, scale_operands
+from kernels_pallas import decode_parts, mosaic
+from kernels_pallas.decode_config import DecodeConfig, blocks_per_split, choose_config, scale_operands
 from kernels_pallas.mosaic import LOG2E, MASKED
 
 
@@ -75,11 +75,9 @@ def _decode(
     update = rope is not None
     group = rows - 2 if update else rows
     padded = 8 if group <= 8 else 16  # columns of a wgmma
-    block, stages, workers = config.block_kv, config.stages, config.workers
-    merges = workers > 0 or config.num_splits > 1
-    # Partial results loaded together cost registers, which matter where two blocks share a multiprocessor.
-    at_once = 2 if workers else 4 if num_lanes * num_kv_heads * config.num_splits > 132 else 8
-    reach = decode_work.Reach(block, window, update)
+    block, stages, splits = config.block_kv, config.stages, config.num_splits
+    # Partial results loaded together cost registers, which matter where blocks share a multiprocessor.
+    at_once = 4 if num_lanes * num_kv_heads * splits > 132 else 8
     copy_rows = min(page_size, block)
     copies = block // copy_rows
     blocks_per_page = max(page_size // block, 1)
@@ -99,52 +97,42 @@ def _decode(
         operands |= {"k_scale": scales[0].reshape(1), "v_scale": scales[1].reshape(1)}
     if sinks is not None:
         operands["sinks"] = sinks.astype(jnp.float32)
-    if workers:
-        operands["work"] = decode_work.work_list(reach, config, num_kv_heads, lengths)
     outputs = {"o": mosaic.out_like((num_lanes, num_kv_heads, group, head_dim), dtype, *operands.values())}
-    if merges:
+    if splits > 1:
         # Zeros that are back to zeros after every launch, so that all layers of a step can share them.
         clear = lax.shift_right_arithmetic(lengths, 31)
         operands["counters"] = jnp.broadcast_to(clear[:, None, None], (num_lanes, num_kv_heads, 1))
-        places = decode_work.num_places(num_lanes, num_kv_heads, config)
+        partial = (num_lanes, num_kv_heads, splits)
         for name, shape in (("acc", (head_dim, padded)), ("maximum", (padded,)), ("denominator", (padded,))):
-            outputs[name] = mosaic.out_like((places, *shape), jnp.float32, *operands.values())
+            outputs[name] = mosaic.out_like((*partial, *shape), jnp.float32, *operands.values())
 
     def kernel(
-        *refs, x_slots, q_smem, k_smem, v_smem, p_smem, o_smem, s_smem, ticket, bars, wide=None, new=None
+        *refs, x_smem, q_smem, k_smem, v_smem, p_smem, o_smem, s_smem, ticket, bars, wide=None, new=None
     ):
         names = (*operands, "k", "v", *outputs)
         ref = dict(zip(names, refs, strict=True))
-        x_bar, x_free, k_bar, v_bar, k_free, v_free = bars
+        x_bar, k_bar, v_bar, k_free, v_free = bars
+        head, split, lane = lax.axis_index("head"), lax.axis_index("split"), lax.axis_index("lane")
+        length = ref["lengths"][lane]
+        stored = lax.max(length - 1, jnp.int32(0)) if update else length  # tokens to read from pages
+        first = jnp.int32(0) if window is None else lax.max(length - window, jnp.int32(0))
+        first_block = lax.div(first, jnp.int32(block))
+        num_blocks = lax.max(mosaic.ceil_div(stored, block) - first_block, jnp.int32(0))
+        share = blocks_per_split(num_blocks, splits) if splits > 1 else num_blocks
+        active = lax.max(lax.div(num_blocks + share - 1, lax.max(share, jnp.int32(1))), jnp.int32(1))
+        begin = first_block + split * share
+        trips = lax.min(share, num_blocks - split * share)
         thread = lax.axis_index("thread")
 
-        def run_jobs(run, end=lambda jobs, trips: None):
-            """`run(job, number, trips done before)` for every job of this block of threads, then `end`."""
-            if workers:
-                worker = lax.axis_index("worker")
-                end(*decode_work.run_stretch(reach, num_kv_heads, ref["work"], ref["lengths"], worker, run))
-                return
-            head, split, lane = lax.axis_index("head"), lax.axis_index("split"), lax.axis_index("lane")
-            length = ref["lengths"][lane]
-            job = decode_work.grid_job(reach, config, num_kv_heads, lane, head, split, length)
-
-            @pl.when(split < job.count)
-            def _run():
-                run(job, jnp.int32(0), jnp.int32(0))
-                end(jnp.int32(1), job.trips)
-
-        def compute(job: decode_work.Job, number, done):
-            lane, head, begin, trips = job.lane, job.head, job.begin, job.trips
-            length, stored, first = job.length, job.stored, job.first
-            owner = job.split == job.count - 1  # of the new token and of the sinks
-            x_slot = lax.rem(number, jnp.int32(x_slots.shape[0]))
-            x_smem, x_arrived = x_slots.at[x_slot], x_bar.at[x_slot]
+        @pl.when((thread == 0) & (split < active))
+        def _compute():
+            owner = split == active - 1  # of the new token and of the sinks
             if update:
-                decode_parts.rotate(x_smem, x_arrived, ref, lane, group, epsilon)
+                decode_parts.rotate(x_smem, x_bar, ref, lane, group, epsilon)
                 if eight_bit:
                     decode_parts.quantise(x_smem, new, ref, group)
             else:
-                plgpu.barrier_wait(x_arrived)
+                plgpu.barrier_wait(x_bar)
             decode_parts.stage_queries(x_smem, q_smem)
 
             k_scale = 1.0 if scales is None else ref["k_scale"][0]
@@ -157,7 +145,7 @@ def _decode(
 
             def trip(i, state, edge):
                 acc, maximum, denominator = state  # [H, G'], [G'], [block, G']
-                slot = lax.rem(done + i, jnp.int32(stages))
+                slot = lax.rem(i, jnp.int32(stages))
                 start = (begin + i) * block
                 plgpu.barrier_wait(k_bar.at[slot])
                 if eight_bit:
@@ -209,7 +197,7 @@ def _decode(
             stop = lax.min(lax.max(end_whole, jnp.int32(0)), trips)
             begin_whole = jnp.int32(0)
             if window is not None:  # the first block of the lane may begin before the window
-                begin_whole = lax.min(jnp.where(job.starts, jnp.int32(1), jnp.int32(0)), stop)
+                begin_whole = lax.min(jnp.where(split == 0, jnp.int32(1), jnp.int32(0)), stop)
                 state = lax.fori_loop(0, begin_whole, functools.partial(trip, edge=True), state)
             state = lax.fori_loop(begin_whole, stop, functools.partial(trip, edge=False), state)
             acc, maximum, denominator = lax.fori_loop(stop, trips, functools.partial(trip, edge=True), state)
@@ -222,12 +210,9 @@ def _decode(
                     position = length - 1
                     page = ref["table"][lane, lax.div(position, jnp.int32(page_size))]
                     row = pl.ds(lax.rem(position, jnp.int32(page_size)), 1)
-                    for i, name in enumerate(("k", "v")):
-                        source = group + i
-                        token = x_smem.at[pl.ds(source, 1)]
-                        if eight_bit:
-                            token = new.at[i, pl.ds(source + source % 2, 1)]
-                        plgpu.copy_smem_to_gmem(token, ref[name].at[page, head, row])
+                    tokens = new if eight_bit else x_smem
+                    for name, source in (("k", group), ("v", group + 1)):
+                        plgpu.copy_smem_to_gmem(tokens.at[pl.ds(source, 1)], ref[name].at[page, head, row])
 
             def finish(acc, denominator):
                 inverse = 1.0 / jnp.maximum(denominator, 1e-30)
@@ -238,43 +223,34 @@ def _decode(
                 plgpu.commit_smem()
                 plgpu.copy_smem_to_gmem(o_smem.at[pl.ds(0, group)], ref["o"].at[lane, head])
 
-            if not merges:
+            if splits == 1:
                 finish(acc, denominator)
             else:
 
-                @pl.when(job.count == 1)
+                @pl.when(active == 1)
                 def _alone():
                     finish(acc, denominator)
 
-                @pl.when(job.count > 1)
+                @pl.when(active > 1)
                 def _among_others():
-                    place = job.place(job.split)
-                    for name, value in (("acc", acc), ("maximum", maximum), ("denominator", denominator)):
-                        mosaic.store(ref[name].at[place], value)
-                    counter = ref["counters"].at[lane, head]
-                    mosaic.arrive(counter, ticket, job.count - 1, interpret=interpreted)
+                    accs, maxima, denominators = (
+                        ref[name].at[lane, head] for name in ("acc", "maximum", "denominator")
+                    )
+                    mosaic.store(accs.at[split], acc)
+                    mosaic.store(maxima.at[split], maximum)
+                    mosaic.store(denominators.at[split], denominator)
+                    mosaic.arrive(ref["counters"].at[lane, head], ticket, active - 1, interpret=interpreted)
 
-                    @pl.when(ticket[0] == job.count - 1)
+                    @pl.when(ticket[0] == active - 1)
                     def _merge():
-                        finish(*decode_parts.merge(ref, job, at_once))
+                        finish(*decode_parts.merge(accs, maxima, denominators, active, at_once))
 
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            if workers:
-                plgpu.barrier_arrive(x_free.at[x_slot])
 
-        def fetch(job: decode_work.Job, number, done):
-            lane, head, begin = job.lane, job.head, job.begin
-            x_slot = lax.rem(number, jnp.int32(x_slots.shape[0]))
-            if workers:
-
-                @pl.when(number >= x_slots.shape[0])
-                def _wait():
-                    plgpu.barrier_wait(x_free.at[x_slot])
-
-            plgpu.copy_gmem_to_smem(
-                ref["x"].at[lane, head], x_slots.at[x_slot, pl.ds(0, rows)], x_bar.at[x_slot]
-            )
-            last_page = lax.div(lax.max(job.stored - 1, jnp.int32(0)), jnp.int32(page_size))
+        @pl.when((thread == 1) & (split < active))
+        def _memory():
+            plgpu.copy_gmem_to_smem(ref["x"].at[lane, head], x_smem.at[pl.ds(0, rows)], x_bar)
+            last_page = lax.div(lax.max(stored - 1, jnp.int32(0)), jnp.int32(page_size))
             last_page = lax.min(last_page, jnp.int32(max_pages - 1))
 
             def page_ids(i):
@@ -282,14 +258,14 @@ def _decode(
                 index = lax.div(begin + i, jnp.int32(blocks_per_page)) * copies
                 return tuple(ref["table"][lane, lax.min(index + j, last_page)] for j in range(copies))
 
-            def trip(i, ids):
-                slot = lax.rem(done + i, jnp.int32(stages))
+            def fetch(i, ids):
+                slot = lax.rem(i, jnp.int32(stages))
                 next_ids = page_ids(i + 1)  # the table is read a trip ahead of its use
                 offset = lax.rem(begin + i, jnp.int32(blocks_per_page)) * block if blocks_per_page > 1 else 0
                 streams = ((ref["k"], k_smem, k_bar, k_free), (ref["v"], v_smem, v_bar, v_free))
                 for pages, smem, arrived, free in streams:
 
-                    @pl.when(done + i >= stages)
+                    @pl.when(i >= stages)
                     def _wait(free=free):
                         plgpu.barrier_wait(free.at[slot])
 
@@ -301,35 +277,17 @@ def _decode(
                         plgpu.copy_gmem_to_smem(source, target, arrived.at[slot])
                 return next_ids
 
-            lax.fori_loop(0, job.trips, trip, page_ids(jnp.int32(0)))
-
-        def drain(jobs, trips):
-            """See a barrier's every completion."""
+            lax.fori_loop(0, trips, fetch, page_ids(jnp.int32(0)))
 
             @pl.loop(lax.max(trips - stages, jnp.int32(0)), trips)
-            def _trips(i):
+            def _drain(i):  # a barrier's every completion must be seen
                 slot = lax.rem(i, jnp.int32(stages))
                 plgpu.barrier_wait(k_free.at[slot])
                 plgpu.barrier_wait(v_free.at[slot])
 
-            if workers:
-
-                @pl.loop(lax.max(jobs - x_slots.shape[0], jnp.int32(0)), jobs)
-                def _jobs(i):
-                    plgpu.barrier_wait(x_free.at[lax.rem(i, jnp.int32(x_slots.shape[0]))])
-
-        @pl.when(thread == 0)
-        def _compute():
-            run_jobs(compute)
-
-        @pl.when(thread == 1)
-        def _memory():
-            run_jobs(fetch, drain)
-
     staged = -(-rows // 8) * 8
-    x_buffers = 2 if workers else 1
     scratch = {
-        "x_slots": plgpu.SMEM((x_buffers, staged, head_dim), dtype),
+        "x_smem": plgpu.SMEM((staged, head_dim), dtype),
         "q_smem": mosaic.operand_buffer((padded, head_dim), work),
         "k_smem": mosaic.operand_buffer((stages, block, head_dim), k_pages.dtype),
         "v_smem": mosaic.operand_buffer((stages, block, head_dim), k_pages.dtype),
@@ -338,8 +296,7 @@ def _decode(
         "s_smem": plgpu.SMEM((staged,), jnp.float32),
         "ticket": plgpu.SMEM((1,), jnp.int32),
         "bars": [
-            plgpu.Barrier(num_barriers=x_buffers),
-            plgpu.Barrier(num_barriers=x_buffers),
+            plgpu.Barrier(),
             plgpu.Barrier(num_arrivals=copies, num_barriers=stages),
             plgpu.Barrier(num_arrivals=copies, num_barriers=stages),
             plgpu.Barrier(num_barriers=stages),
@@ -349,12 +306,12 @@ def _decode(
     if eight_bit:
         scratch["wide"] = mosaic.operand_buffer((block, head_dim), work)
         if update:
-            scratch["new"] = plgpu.SMEM((2, staged + 8, head_dim), k_pages.dtype)
+            scratch["new"] = plgpu.SMEM((staged, head_dim), k_pages.dtype)
     launch = plgpu.kernel(
         kernel,
         out_type=tuple(outputs.values()),
-        grid=(workers,) if workers else (num_kv_heads, config.num_splits, num_lanes),
-        grid_names=("worker",) if workers else ("head", "split", "lane"),
+        grid=(num_kv_heads, splits, num_lanes),
+        grid_names=("head", "split", "lane"),
         num_threads=2,
         thread_name="thread",
         scratch_types=scratch,

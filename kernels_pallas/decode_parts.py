@@ -59,9 +59,7 @@ def rotate(x_smem, arrived, ref, lane, group: int, epsilon: float) -> None:
 def quantise(x_smem, new, ref, group: int) -> None:
     """Divide key and value, rows G and G + 1 of x_smem, by their scales and round them to the dtype of `new`.
 
-    The rounded rows go to new[0] and new[1] [>= rows + 1, H], moved down by one where that brings the key, or
-    the value, to an even row: the copy engine takes no row of 64 bytes from an odd one. They also replace those
-    in x_smem.
+    They go to the same rows of `new`, and rounded back to x_smem.
     """
     x = _load(x_smem, HEADS)
     row = plgpu.broadcasted_iota(jnp.int32, x.shape, 0, layout=HEADS)
@@ -69,9 +67,8 @@ def quantise(x_smem, new, ref, group: int) -> None:
     if "k_scale" in ref:
         k_inverse, v_inverse = 1.0 / ref["k_scale"][0], 1.0 / ref["v_scale"][0]
         divided = jnp.where(row == group, x * k_inverse, x * v_inverse)
-    rounded = jnp.clip(divided, -EIGHT_BIT_MAXIMUM, EIGHT_BIT_MAXIMUM).astype(new.dtype)
-    for i, row_kept in enumerate((group, group + 1)):
-        mosaic.store(new.at[i, pl.ds(row_kept % 2, x.shape[0])], rounded)
+    rounded = jnp.minimum(jnp.maximum(divided, -EIGHT_BIT_MAXIMUM), EIGHT_BIT_MAXIMUM).astype(new.dtype)
+    mosaic.store(new, rounded)
     mosaic.store(x_smem, jnp.where(row < group, x, rounded.astype(jnp.float32)).astype(x_smem.dtype))
     plgpu.commit_smem()
 
@@ -147,22 +144,22 @@ def seed(shape: tuple[int, int, int], scores, value, sink, counts):
     return acc, maximum, denominator + _across(sum(weights) * (1.0 / block), denominator, 1)
 
 
-def merge(ref, job, at_once: int):
-    """(acc, denominator) of all partial results of the (lane, kv head) of a job, loading `at_once` at a time.
+def merge(accs, maxima, denominators, count, at_once: int):
+    """The first `count` partial results [splits, H, G'], [splits, G'] twice: (acc, denominator) of all.
 
-    `ref` holds acc [places, H, G'], maximum and denominator [places, G'].
+    `at_once` are loaded together: each takes registers, and saves waiting.
     """
-    _, head_dim, padded = ref["acc"].shape
-    last = job.count - 1
+    _, head_dim, padded = accs.shape
+    last = count - 1
 
     def step(i, state):
         acc, maximum, denominator = state
         # All loads before their first use.
         index = [i * at_once + j for j in range(at_once)]
-        place = [job.place(lax.min(j, last)) for j in index]
-        their_maximum = [_load(ref["maximum"].at[j], SCORES) for j in place]
-        their_denominator = [_load(ref["denominator"].at[j], SCORES) for j in place]
-        their_acc = [_load(ref["acc"].at[j], plgpu.Layout.WGMMA) for j in place]
+        place = [lax.min(j, last) for j in index]
+        their_maximum = [_load(maxima.at[j], SCORES) for j in place]
+        their_denominator = [_load(denominators.at[j], SCORES) for j in place]
+        their_acc = [_load(accs.at[j], plgpu.Layout.WGMMA) for j in place]
         new_maximum = maximum
         for theirs in their_maximum:
             new_maximum = jnp.maximum(new_maximum, theirs)
@@ -178,6 +175,6 @@ def merge(ref, job, at_once: int):
     acc = plgpu.layout_cast(jnp.zeros((head_dim, padded), jnp.float32), plgpu.Layout.WGMMA)
     maximum = plgpu.layout_cast(jnp.full((padded,), MASKED, jnp.float32), SCORES)
     denominator = plgpu.layout_cast(jnp.zeros((padded,), jnp.float32), SCORES)
-    trips = mosaic.ceil_div(job.count, at_once)
+    trips = mosaic.ceil_div(count, at_once)
     acc, _, denominator = lax.fori_loop(0, trips, step, (acc, maximum, denominator))
     return acc, denominator
