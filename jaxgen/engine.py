@@ -97,6 +97,9 @@ class Engine:
         atexit.register(_shutdown_if_alive, weakref.ref(self))
         self._abandoned = weakref.finalize(self, _release, self._pid, self._loop, self._runner)
         self._abandoned.atexit = False  # at exit JAX must still be there, which only the hook above sees to
+        # Everything alive by now, JAX above all, is here to stay; a full collection looks at it for 0.2 s each time,
+        # and there are many while results are made of many small objects. `_release` undoes it.
+        self.freeze_gc()
         self.startup_report.finish()
 
     def _start(self, args: ServerArgs) -> None:
@@ -373,6 +376,7 @@ def _release(pid: int, loop: EngineLoop | None, runner: Runner | None) -> None:
         loop.stop()
     if runner is not None:
         runner.shutdown()
+    gc.unfreeze()
 
 
 def _shutdown_if_alive(reference: Callable[[], Engine | None]) -> None:

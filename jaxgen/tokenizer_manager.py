@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import weakref
 from typing import TYPE_CHECKING, Any
 
 from jaxgen.io import GenerateReqInput
@@ -43,11 +44,18 @@ class TokenizerManager:
         args: ServerArgs,
         limits: LengthLimits,
     ):
-        self._engine = engine
+        self._reference = weakref.ref(engine)  # no cycle: an engine that nobody holds goes at once
         self.tokenizer = tokenizer
         self.server_args = args
         self.max_req_input_len = limits.max_req_input_len
         self.model_config = ServedModelConfig(model.context_length, model.vocab_size)
+
+    @property
+    def _engine(self) -> Engine:
+        engine = self._reference()
+        if engine is None:
+            raise RuntimeError("The engine of this tokenizer manager is gone")
+        return engine
 
     def abort_request(self, rid: str = "", abort_all: bool = False) -> None:
         self._engine.abort_request(rid, abort_all)

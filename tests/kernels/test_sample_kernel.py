@@ -76,7 +76,7 @@ LANES = st.tuples(
 @given(lanes=st.lists(LANES, min_size=4, max_size=4), seed=st.integers(0, 1000))
 def test_interpreted_kernel_draws_the_noisy_maximum_of_the_kept_tokens(lanes, seed):
     rng = np.random.default_rng(seed)
-    kinds, scales, *options = zip(*lanes, strict=True)
+    _, _, *options = zip(*lanes, strict=True)
     logits = np.stack([logits_of(*lane[:2], rng, 600, 128) for lane in lanes])
     options = [
         np.asarray(option, dtype) for option, dtype in zip(options, ("f4", "i4", "f4", "f4"), strict=True)
