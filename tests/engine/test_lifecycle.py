@@ -264,13 +264,13 @@ def test_a_profile_can_start_and_end_while_requests_run(tmp_path):
 
 def test_an_engine_that_nobody_holds_gives_its_memory_back_without_a_collection():
     """What is alive after start-up is exempt from collections, so that an engine must not be part of a cycle."""
-    before, exempt = held(), gc.get_freeze_count()
+    before = held()
     gc.disable()
     try:
         engine = start()
-        assert gc.get_freeze_count() > exempt
+        exempt = gc.get_freeze_count()
         del engine
+        assert gc.get_freeze_count() < exempt / 10
         assert held() == before
-        assert gc.get_freeze_count() <= exempt
     finally:
         gc.enable()
