@@ -32,7 +32,7 @@ from jaxgen.execution.compile import cache_directory
 from jaxgen.execution.runner import Runner
 from jaxgen.io import GenerateReqInput, InputContext, RequestInput
 from jaxgen.logs import set_log_level
-from jaxgen.loop import EngineLoop
+from jaxgen.loop import EngineLoop, start_background
 from jaxgen.requests import RequestFactory
 from jaxgen.responses import Response
 from jaxgen.scheduling.request import Request
@@ -69,8 +69,9 @@ class Engine:
 
     `Engine(model_path=..., **options)`; every option is a field of `ServerArgs`. `Engine(server_args=record)`
     uses a ready-made record and ignores all other keywords. Returns once weights are loaded, the KV pool is
-    allocated and the start-up buckets are compiled. Usable as a context manager, from any thread, inside or
-    outside a running event loop.
+    allocated and the start-up buckets are compiled; on a GPU (or with background_compile=True) as soon as enough
+    of them are to serve every request, while the others follow (`wait_until_compiled`). Usable as a context
+    manager, from any thread, inside or outside a running event loop.
 
     Raises:
         TypeError: unknown option (names the nearest known one).
@@ -100,7 +101,6 @@ class Engine:
         # Everything alive by now, JAX above all, is here to stay; a full collection looks at it for 0.2 s each time,
         # and there are many while results are made of many small objects. `_release` undoes it.
         self.freeze_gc()
-        self.startup_report.finish()
 
     def _start(self, args: ServerArgs) -> None:
         report = self.startup_report
@@ -141,6 +141,8 @@ class Engine:
             Scheduler(scheduler_config), runner, overlap=not args.disable_overlap_schedule
         )
         self.tokenizer_manager = TokenizerManager(self, tokenizer, model, args, self._factory.limits)
+        report.finish()
+        self._background = start_background(runner, self._loop, report)
 
     # ---- generation
 
@@ -324,10 +326,24 @@ class Engine:
         self._check_alive()
         return []
 
+    def wait_until_compiled(self, timeout: float | None = None) -> bool:
+        """Waits for the start-up steps that are still being compiled; False if `timeout` seconds pass first.
+
+        Requests are served meanwhile, some with more padding than later; a measurement wants to wait.
+        """
+        loop = self._check_alive()
+        if not self._background.wait(timeout):
+            return False
+        loop.call(lambda: None)  # what the last step left to do on the engine thread
+        return True
+
     # ---- the end
 
     def shutdown(self) -> None:
-        """Stops the engine and returns all its device memory. Idempotent; pending calls raise RuntimeError."""
+        """Stops the engine and returns all its device memory. Idempotent; pending calls raise RuntimeError.
+
+        Waits for the steps that are being compiled in the background: seconds, in the first minutes on a GPU.
+        """
         if os.getpid() != self._pid:
             return
         with self._closing:

@@ -210,6 +210,7 @@ def runner_config_of(args: ServerArgs, model: ModelConfig, mesh: jax.sharding.Me
         precompile_decode=decode_at_start,
         precompile_prefill=prefill_at_start,
         strict_compile=args.strict_compile,
+        background=platform != "cpu" if args.background_compile is None else args.background_compile,
         chunked=args.chunked_prefill_size is not None and args.chunked_prefill_size > 0,
     )
 

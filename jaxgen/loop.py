@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import collections
 import concurrent.futures
+import contextlib
 import logging
 import threading
 import time
@@ -19,12 +20,15 @@ import jax
 import numpy as np
 
 from jaxgen.errors import EngineDeadError
+from jaxgen.execution.compile import BackgroundCompilation
+from jaxgen.execution.programs import StepKey
 from jaxgen.execution.runner import Launched, Runner, StepResult
 from jaxgen.execution.sampler import Logprobs
 from jaxgen.scheduling.plan import NEED_COLLECT, Chunk, Plan
 from jaxgen.scheduling.request import Request, abort_reason
 from jaxgen.scheduling.scheduler import Scheduler
 from jaxgen.scheduling.waiting import QueueFull
+from jaxgen.startup import StartupReport
 
 logger = logging.getLogger("jaxgen")
 T = TypeVar("T")
@@ -79,7 +83,7 @@ class EngineLoop:
         self.scheduler = scheduler
         self.runner = runner
         self._overlap = overlap
-        self._inbox: collections.deque[Callable[[], None]] = collections.deque()
+        self._inbox: collections.deque[Callable[[], object]] = collections.deque()
         self._wake = threading.Event()
         self._stopping = False
         self._pending: Launched | None = None
@@ -97,17 +101,17 @@ class EngineLoop:
     def submit(self, requests: Iterable[Request]) -> None:
         """Queues requests; a request that the queue refuses finishes through its sink."""
         requests = list(requests)
-        self._post(lambda: self._admit(requests))
+        self.post(lambda: self._admit(requests))
 
     def submit_after(self, first: Request, rest: Iterable[Request]) -> None:
         """Queues `first`, and `rest` once it has ended; `first` reports to nobody."""
         rest = list(rest)
-        self._post(lambda: self._admit_after(first, rest))
+        self.post(lambda: self._admit_after(first, rest))
 
     def abort(self, rids: Iterable[str]) -> None:
         """Ends the named requests after the current step; unknown ids are ignored. Does not wait."""
         rids = list(rids)
-        self._post(lambda: self._abort(rids))
+        self.post(lambda: self._abort(rids))
 
     def call(self, function: Callable[[], T]) -> T:
         """Runs `function` on the engine thread between two steps and returns its result."""
@@ -121,7 +125,7 @@ class EngineLoop:
             except Exception as error:  # handed to the caller
                 future.set_exception(error)
 
-        self._post(run)
+        self.post(run)
         while True:
             try:
                 return future.result(timeout=0.1)
@@ -138,6 +142,15 @@ class EngineLoop:
             return function()
 
         return self.call(run)
+
+    def post_if_idle(self, function: Callable[[], object]) -> None:
+        """Runs `function` on the engine thread if it has no request then; does not wait."""
+
+        def run() -> None:
+            if self._pending is None and not self.scheduler.has_unfinished:
+                function()
+
+        self.post(run)
 
     def pause(self, mode: str) -> None:
         """Holds generation: "abort" ends every request, "retract" requeues the running, "in_place" freezes them."""
@@ -158,7 +171,8 @@ class EngineLoop:
     def alive(self) -> bool:
         return self._thread.is_alive() and not self._stopping
 
-    def _post(self, item: Callable[[], None]) -> None:
+    def post(self, item: Callable[[], object]) -> None:
+        """Runs `item` on the engine thread between two steps; does not wait."""
         with self._lock:
             if self._stopping or self.error is not None:
                 raise EngineDeadError("The engine has been shut down or has failed") from self.error
@@ -291,6 +305,26 @@ class EngineLoop:
         self._live.clear()
         self._held.clear()
         self._pending = None  # its results are device memory
+
+
+def start_background(
+    runner: Runner, loop: EngineLoop, report: StartupReport
+) -> BackgroundCompilation[StepKey]:
+    """Compiles the rest of the start-up steps while `loop` serves; a new one is tried out when it is idle."""
+    started_with = len(report.details)
+
+    def on_ready(key: StepKey) -> None:
+        report.add(f"step {key}", time.perf_counter() - report.started, nested=True)
+        with contextlib.suppress(EngineDeadError):
+            loop.post_if_idle(lambda: runner.run_empty(key))
+
+    def on_end() -> None:
+        report.finish_background(len(report.details) - started_with)
+        with contextlib.suppress(EngineDeadError):
+            loop.post(lambda: setattr(loop.scheduler, "single_step", not runner.is_complete))
+
+    loop.scheduler.single_step = not runner.is_complete
+    return runner.compile_rest(on_ready, on_end)
 
 
 class Extras:

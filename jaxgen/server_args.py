@@ -161,6 +161,9 @@ class ServerArgs:
     gc_threshold: list[int] | None = opt(None, "1 to 3 ints for gc.set_threshold", kind="ints")
     custom_weight_loader: list[str] | None = opt(None, "import paths usable as load_format", kind="strs")
     compilation_cache_dir: str | None = opt(None, "persistent compilation cache; empty: off")
+    background_compile: bool | None = opt(
+        None, "compile the rarer start-up steps while serving; default: on a GPU", kind="bool?"
+    )
     strict_compile: bool = opt(False, "fail when a request compiles something after start", kind="bool")
 
     # LoRA

@@ -22,8 +22,12 @@ def main() -> None:
         ready = time.time()
         engine.generate(input_ids=[1], sampling_params={"temperature": 0, "max_new_tokens": 1})
         phases = {"start Python, import": imported - began}
-        phases |= {name: s for name, s in engine.startup_report.as_dict().items() if name != "total"}
-        phases |= {"first token": time.time() - ready, "total": time.time() - began}
+        first_token = time.time()
+        engine.wait_until_compiled()  # the next start is to find every step in the cache
+        seconds = engine.startup_report.as_dict()
+        complete = seconds.pop("complete") - seconds.pop("total")
+        phases |= seconds | {"first token": first_token - ready, "total": first_token - began}
+        phases["until all steps are compiled"] = max(ready + complete, first_token) - began
         print(json.dumps({"device": report.device(), "phases": phases}))
 
 

@@ -38,6 +38,7 @@ def run(args: argparse.Namespace) -> int:
     profiles: dict[str, Any] = {}
     with Engine(**options) as engine:
         record["device"] = report.device()
+        engine.wait_until_compiled()
         if args.profile:
             profiling.require_gpu()
         for group in workloads.groups(picked, args.scale):

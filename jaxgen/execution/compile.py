@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import collections
 import concurrent.futures
+import contextlib
 import logging
 import os
 import stat
+import sys
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import jax
 
 logger = logging.getLogger("jaxgen")
+
+# Python's turn of a thread that lowers a step while another one serves; Python's own, 5 ms, outlasts several steps.
+SWITCH_SECONDS = 0.0005
 
 
 class CompileForbiddenError(RuntimeError):
@@ -51,21 +57,23 @@ def cache_directory(option: str | None) -> Path | None:
 
 
 class StepTable[Key]:
-    """Compiled steps by key; anything compiled after `seal()` counts as a cache miss.
+    """Compiled steps by key; anything compiled by `get()` after `seal()` counts as a cache miss.
 
-    build(key) -> compiled executable. Thread-safe: warm-up compiles from several threads.
+    build(key) -> compiled executable. Thread-safe.
     """
 
     def __init__(self, build: Callable[[Key], Callable], *, strict: bool):
         self._build = build
         self._strict = strict
         self._steps: dict[Key, Callable] = {}
-        self._lock = threading.Lock()
         self._sealed = False
         self.miss_count = 0
 
     def __contains__(self, key: Key) -> bool:
         return key in self._steps
+
+    def __iter__(self) -> Iterator[Key]:
+        return iter(tuple(self._steps))
 
     def get(self, key: Key) -> Callable:
         """The compiled step for `key`, compiling it now if start-up did not."""
@@ -79,24 +87,13 @@ class StepTable[Key]:
                     )
                 self.miss_count += 1
                 logger.info("Compiling step %s while serving", key)
-            step = self._build(key)
-            with self._lock:
-                self._steps[key] = step
+            step = self.add(key)
         return step
 
-    def warm_up(self, keys: Iterable[Key], on_done: Callable[[Key], None]) -> None:
-        """Compiles `keys` in parallel threads; calls on_done(key) from this thread as each one is ready."""
-        keys = list(keys)
-        workers = max(1, min(len(keys), os.cpu_count() or 1))
-        with concurrent.futures.ThreadPoolExecutor(workers, thread_name_prefix="jaxgen-compile") as pool:
-            futures = {pool.submit(self.get, key): key for key in keys}
-            try:
-                for future in concurrent.futures.as_completed(futures):
-                    future.result()
-                    on_done(futures[future])
-            except BaseException:
-                pool.shutdown(wait=True, cancel_futures=True)
-                raise
+    def add(self, key: Key) -> Callable:
+        """Builds the step for `key` and publishes it. Never a cache miss."""
+        step = self._steps[key] = self._build(key)
+        return step
 
     def seal(self) -> None:
         """Ends start-up: from now on a compile is a cache miss."""
@@ -104,3 +101,117 @@ class StepTable[Key]:
 
     def clear(self) -> None:
         self._steps.clear()
+
+
+class StartupCompilation[Key]:
+    """Adds steps to a table in parallel threads, beginning in the order given, while the caller goes on.
+
+    A context manager: leaving it by an exception drops what has not begun and waits for what has.
+    """
+
+    def __init__(self, table: StepTable[Key], keys: Iterable[Key], on_done: Callable[[Key], None]):
+        """on_done(key): called as each step is there, from the thread that compiled it."""
+        keys = list(keys)
+        workers = max(1, min(len(keys), os.cpu_count() or 1))
+        self._pool = concurrent.futures.ThreadPoolExecutor(workers, thread_name_prefix="jaxgen-compile")
+
+        def add(key: Key) -> None:
+            table.add(key)
+            on_done(key)
+
+        self._futures = {key: self._pool.submit(add, key) for key in keys}
+
+    def __len__(self) -> int:
+        return len(self._futures)
+
+    def wait(self, keys: Iterable[Key] | None = None, on_done: Callable[[], None] = lambda: None) -> None:
+        """Waits for `keys`, or for all; calls on_done() here for each; raises what the first failure raised."""
+        futures = self._futures.values() if keys is None else [self._futures[key] for key in keys]
+        for future in concurrent.futures.as_completed(futures):
+            future.result()
+            on_done()
+
+    def stop(self) -> None:
+        """Drops what has not begun and waits for what has."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def __enter__(self) -> StartupCompilation[Key]:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.stop()
+
+
+class BackgroundCompilation[Key]:
+    """Adds steps to a table while the engine serves; a step that fails is logged and left out.
+
+    The threads are daemons: those of an executor would hold up the interpreter's exit until the last step.
+    """
+
+    def __init__(
+        self,
+        table: StepTable[Key],
+        keys: Iterable[Key],
+        *,
+        on_ready: Callable[[Key], None],
+        on_end: Callable[[], None],
+        workers: int,
+    ):
+        """on_ready(key) follows each step, on_end the last one unless stopped; both on a compiling thread."""
+        self._table = table
+        self._queue = collections.deque(keys)
+        self._on_ready, self._on_end = on_ready, on_end
+        self._stopping = False
+        self._ended = threading.Event()
+        self._lock = threading.Lock()
+        self._threads = [
+            threading.Thread(target=self._run, name=f"jaxgen-background-{i}", daemon=True)
+            for i in range(min(workers, len(self._queue)))
+        ]
+        self._running = len(self._threads)
+        self._switch_interval = sys.getswitchinterval()
+        if self._threads:  # so that the thread that serves need not wait long for its turn
+            sys.setswitchinterval(min(self._switch_interval, SWITCH_SECONDS))
+        if not self._threads:
+            self._end()
+        for thread in self._threads:
+            thread.start()
+
+    def _run(self) -> None:
+        while not self._stopping and self._queue:
+            with contextlib.suppress(IndexError):  # another thread took the last one
+                self._add(self._queue.popleft())
+        with self._lock:
+            self._running -= 1
+            last = self._running == 0
+        if last:
+            self._end()
+
+    def _add(self, key: Key) -> None:
+        try:
+            self._table.add(key)
+            self._on_ready(key)
+        except Exception as error:  # the compiler fails in its own ways; larger steps serve in its place
+            if not self._stopping:
+                logger.warning("Step %s could not be compiled, larger ones serve instead: %s", key, error)
+
+    def _end(self) -> None:
+        sys.setswitchinterval(self._switch_interval)
+        if not self._stopping:
+            self._on_end()
+        self._ended.set()
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Waits until nothing is left to compile; False if `timeout` seconds pass first."""
+        return self._ended.wait(timeout)
+
+    def cancel(self) -> None:
+        """Drops what has not begun."""
+        self._stopping = True
+
+    def stop(self) -> None:
+        """Drops what has not begun and waits for what has: a compiler cannot be interrupted. Idempotent."""
+        self.cancel()
+        for thread in self._threads:
+            if thread is not threading.current_thread():
+                thread.join()

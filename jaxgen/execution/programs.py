@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
+import threading
+import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +20,11 @@ from jaxgen.execution.sampler import Variant
 from jaxgen.execution.step import StepSpec, copy_step, decode_step, newest_tokens, prefill_step, refill
 from jaxgen.layers.quantization import Scheme
 
+logger = logging.getLogger("jaxgen")
+
 COPY, DECODE, PREFILL, NEWEST, REFILL = "copy", "decode", "prefill", "newest", "refill"
+
+NO_WIDTHS = (0, 0)
 
 # XLA's Triton matrix products win for a few tokens; beyond, cuBLAS is as fast or faster (8B shapes on an H100:
 # 189 us a layer against 205 at 64 tokens, 229 against 236 at 256) and is tuned in a tenth of the time.
@@ -39,7 +46,7 @@ class StepKey(NamedTuple):
     size: int
     rows: int = 0
     variant: Variant | None = None
-    widths: tuple[int, int] = (0, 0)
+    widths: tuple[int, int] = NO_WIDTHS
     steps: int = 1
 
     def __str__(self) -> str:
@@ -80,10 +87,19 @@ class Programs:
     precise: bool
     triton_tokens: int
     tuning_directory: Path | None
+    _lowering: threading.Lock = dataclasses.field(default_factory=threading.Lock, repr=False, compare=False)
 
     def compile(self, key: StepKey, shapes: Shapes) -> jax.stages.Compiled:
+        """Thread-safe. Lowering is Python, so threads take turns at it and the first compiles meanwhile."""
         with jax.default_matmul_precision("highest" if self.precise else "default"):
-            return self._lower(key, shapes).compile(compiler_options=self._compiler_options(key))
+            with self._lowering:
+                started = time.perf_counter()
+                lowered = self._lower(key, shapes)
+            lowered_at = time.perf_counter()
+            compiled = lowered.compile(compiler_options=self._compiler_options(key))
+        seconds = lowered_at - started, time.perf_counter() - lowered_at
+        logger.debug("step %s: lowered in %.2f s, compiled in %.2f s", key, *seconds)
+        return compiled
 
     def _compiler_options(self, key: StepKey) -> dict[str, Any]:
         if self.replicated.mesh.devices.flat[0].platform == "cpu":

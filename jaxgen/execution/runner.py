@@ -2,40 +2,40 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from jaxgen.checkpoint.types import Checkpoint
 from jaxgen.execution import kv_cache, lanes, layout
 from jaxgen.execution.batch import RowMirror, needs_of, pack_decode, pack_prefill, wants_input_logprobs
-from jaxgen.execution.compile import StepTable
+from jaxgen.execution.compile import BackgroundCompilation, StartupCompilation, StepTable
 from jaxgen.execution.kv_cache import KVShape
+from jaxgen.execution.memory_plan import MemoryPlanner
 from jaxgen.execution.programs import (
     COPY,
     DECODE,
     NEWEST,
+    NO_WIDTHS,
     PREFILL,
     REFILL,
-    Programs,
     Shapes,
     StepKey,
     array_bytes,
-    most_triton_tokens,
     shard_bytes,
     temporary_bytes,
 )
 from jaxgen.execution.runner_config import RunnerConfig
 from jaxgen.execution.sampler import Logprobs, Variant
-from jaxgen.execution.step import StepOutput, StepSpec
-from jaxgen.execution.step_cache import StepCache
+from jaxgen.execution.step import StepOutput
+from jaxgen.execution.step_builder import StepBuilder
 from jaxgen.execution.step_choice import (
     EDIT_WIDTH,
     LOGPROB_WIDTH,
@@ -47,16 +47,16 @@ from jaxgen.execution.step_choice import (
 from jaxgen.execution.weights import Weights
 from jaxgen.layers.attention import KV_PAGE_AXES
 from jaxgen.models.config import ModelConfig
-from jaxgen.models.registry import ARCHITECTURES, build_model
+from jaxgen.models.registry import ARCHITECTURES
 from jaxgen.scheduling.plan import Plan
 from jaxgen.scheduling.request import Request
-from jaxgen.sharding import abstract_params, sharding_for
+from jaxgen.sharding import sharding_for
 from jaxgen.startup import StartupReport
 
 logger = logging.getLogger("jaxgen")
 
-# Provisional page count for reading the temporary memory of the largest steps off the compiler.
-PROBE_PAGES = 64
+# Threads that compile while the engine serves: few, for each of them takes the engine's thread its turns.
+BACKGROUND_WORKERS = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,96 +115,58 @@ class Runner:
         """`cache_directory`: where compiled steps are kept for the next start; None keeps none."""
         self.config, self.model_config, self.mesh = config, model_config, mesh
         self.device = mesh.devices.flat[0]
+        self._memory_limit = kv_cache.device_memory_bytes(self.device)
         self._replicated = sharding_for(mesh, ())
         self._kv_sharding = sharding_for(mesh, KV_PAGE_AXES)
         with report.phase("build model"):
-            self._programs, params = self._build_model(cache_directory)
+            self._builder = StepBuilder(model_config, config, mesh, cache_directory)
+            params = self._builder.params
             weights = Weights(params, config.param_dtype, config.quantization, self.device.platform)
         self.weight_bytes = sum(map(shard_bytes, params.values()))
-        platform = self.device.platform
-        self.decode_steps = launch_steps(config, self.weight_bytes, platform)
-        variants = startup_variants(platform, model_config.vocab_size)
-        self._choice = StepChoice(config, variants, self.decode_steps, model_config.vocab_size)
-        self._cache = self._open_cache(cache_directory)
-        self._uploads: dict[int, jax.Array] = {}
+        self.decode_steps = launch_steps(config, self.weight_bytes, self.device.platform)
         self._steps: StepTable[StepKey] = StepTable(self._build_step, strict=config.strict_compile)
+        variants = startup_variants(self.device.platform, model_config.vocab_size)
+        self._choice = StepChoice(
+            config, variants, self.decode_steps, model_config.vocab_size, self._is_compiled
+        )
+        self._uploads: dict[int, jax.Array] = {}
+        self._background: BackgroundCompilation[StepKey] | None = None
         with report.phase("plan memory"):
-            self._shapes = self._plan_shapes()
-        self.mirror = RowMirror(config.rows, self._shapes.max_pages, *self._shapes.widths)
-        with report.phase("load weights"):
-            self.weights = self._load(checkpoint, weights, report)
-        with report.phase("allocate KV cache"):
-            self.kv = self.kv_shape.allocate(self._kv_sharding)
-            self.state = jax.jit(
-                lambda: jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), self._shapes.state),
-                out_shardings=self._replicated,
-            )()
-        with report.phase("compile steps"):
-            self._warm_up(report)
+            planner = self._planner()
+            guess = planner.pool(planner.estimated_temporary(self._choice.variants[-1]))
+            self._shapes = self._shapes_of(guess)
+        with contextlib.ExitStack() as compiling:
+            compilation = compiling.enter_context(self._compile_startup_steps(report))
+            with report.phase("load weights"):
+                self.weights = self._load(checkpoint, weights, report)
+            with report.phase("compile largest steps"):
+                if not self._fits(planner, guess, compilation):
+                    compilation.stop()
+                    self._steps.clear()
+                    compilation = compiling.enter_context(self._compile_startup_steps(report))
+            self.mirror = RowMirror(config.rows, self._shapes.max_pages, *self._shapes.widths)
+            with report.phase("allocate KV cache"):
+                self._allocate()
+            with report.phase("compile steps"):
+                with report.progress("Compiling steps", len(compilation), unit="step") as advance:
+                    compilation.wait(on_done=lambda: advance(1))
+        with report.phase("run steps once"):
+            self._run_steps_once()
         self._steps.seal()
         self._decode: DecodeUpload | None = None
 
     # ---- start-up
 
-    def _build_model(self, cache_directory: Path | None) -> tuple[Programs, dict[str, jax.ShapeDtypeStruct]]:
-        """(steps of the model, parameter path -> shape, dtype and sharding), without allocating anything."""
-        config, dtype = self.model_config, self.config.param_dtype
-        model = nnx.eval_shape(
-            lambda: build_model(
-                config,
-                dtype,
-                mesh=self.mesh,
-                backends=self.config.attention,
-                quantization=self.config.quantization,
-            )
-        )
-        params = abstract_params(model, self.mesh)
-        graphdef, state = nnx.split(model)
-        spec = StepSpec(
-            graphdef=graphdef,
-            treedef=jax.tree.structure(state),
-            logits_sharding=self._replicated if self.mesh.size > 1 else None,
-            page_size=self.config.page_size,
-            return_hidden=self.config.return_hidden,
-            original_logprobs=self.config.original_logprobs,
-            skips=self.device.platform == "cpu",
-        )
-        programs = Programs(
-            spec=spec,
-            weights=tuple(params.values()),
-            replicated=self._replicated,
-            kv_sharding=self._kv_sharding,
-            precise=jnp.dtype(dtype) == jnp.float32,
-            triton_tokens=most_triton_tokens(self.config.quantization),
-            tuning_directory=None if cache_directory is None else cache_directory / "autotune",
-        )
-        return programs, params
-
-    def _open_cache(self, directory: Path | None) -> StepCache | None:
-        if directory is None:
-            return None
-        config = self.config
-        computed_from = (
-            self.model_config,
-            config.page_size,
-            jnp.dtype(config.param_dtype),
-            jnp.dtype(config.kv_dtype),
-            config.quantization,
-            config.attention,
-            config.return_hidden,
-            config.original_logprobs,
-            tuple(self.mesh.shape.items()),
-        )
-        return StepCache(directory, list(self.mesh.devices.flat), *computed_from)
+    def _is_compiled(self, key: StepKey) -> bool:
+        if key.kind == DECODE and self._choice.refill_key(key.size) not in self._steps:
+            return False
+        return key in self._steps
 
     def _build_step(self, key: StepKey) -> jax.stages.Compiled:
-        name = f"{key!r} {self._shapes!r}"
-        step = self._cache.load(name) if self._cache is not None else None
-        if step is None:
-            step = self._programs.compile(key, self._shapes)
-            if self._cache is not None:
-                self._cache.save(name, step)
-        return step
+        shapes = self._shapes
+        if key.widths not in (NO_WIDTHS, shapes.widths):  # asked for before the lane state was widened
+            shapes = self._shapes_of(self.kv_shape, key.widths)
+        return self._builder.build(key, shapes)
 
     def _load(self, checkpoint: Checkpoint, weights: Weights, report: StartupReport) -> tuple[jax.Array, ...]:
         table = ARCHITECTURES[self.model_config.architecture].weight_table(self.model_config)
@@ -224,63 +186,108 @@ class Runner:
             jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=self._replicated), state),
         )
 
-    def _plan_shapes(self) -> Shapes:
-        """The shapes of the whole engine, with as many KV pages as memory allows and the user wants."""
-        config = self.config
-        probe = KVShape.of(self.model_config, PROBE_PAGES, config.page_size, config.kv_dtype)
-        limit = kv_cache.device_memory_bytes(self.device)
-        if limit is None:
-            budget = kv_cache.cpu_kv_budget()
-        else:
-            # Enough pages for one request at full context, so that every shape but the pool is the real one.
-            self._shapes = self._shapes_of(
-                dataclasses.replace(probe, num_pages=-(-config.context_length // config.page_size))
-            )
-            temp, state = self._largest_temporary(), lanes.lane_state_bytes(self._shapes.state)
-            per_device = kv_cache.gpu_kv_budget(
-                limit=limit,
-                weights=self.weight_bytes,
-                lane_state=state,
-                temp=temp,
-                fraction=config.mem_fraction_static,
-            )
-            logger.info(
-                "Memory per device: %.2f GiB usable, weights %.2f, largest step %.2f, lane state %.2f, KV %.2f",
-                *(x / 2**30 for x in (limit, self.weight_bytes, temp, state, max(0, per_device))),
-            )
-            budget = max(0, per_device) * self.mesh.shape["tensor"]
-        pages = kv_cache.pages_within(
-            budget, probe, max_total_tokens=config.max_total_tokens, weight_bytes=self.weight_bytes
+    def _planner(self) -> MemoryPlanner:
+        return MemoryPlanner(
+            model=self.model_config,
+            config=self.config,
+            tensor_devices=self.mesh.shape["tensor"],
+            limit=self._memory_limit,
+            weights=self.weight_bytes,
+            lane_state=lanes.lane_state_bytes(
+                lanes.lane_state_shapes(
+                    self.config.rows,
+                    -(-self.config.context_length // self.config.page_size),
+                    self.model_config.vocab_size,
+                    EDIT_WIDTH,
+                    LOGPROB_WIDTH,
+                    max(steps for _, steps in self.decode_steps),
+                )
+            ),
+            tuning=max(map(shard_bytes, self._builder.params.values())) if self.config.background else 0,
         )
-        return self._shapes_of(dataclasses.replace(probe, num_pages=pages))
 
-    def _largest_temporary(self) -> int:
-        """Bytes that the largest step needs beside its arguments, read off compiled steps."""
-        keys = self._choice.largest_keys(self._shapes.widths)
-        self._steps.warm_up(keys, lambda key: None)
-        largest = max(temporary_bytes(self._steps.get(key)) for key in keys)
-        self._steps.clear()
-        return largest
+    def _fits(self, planner: MemoryPlanner, guess: KVShape, compilation: StartupCompilation[StepKey]) -> bool:
+        """Whether the pool that steps are being compiled for suits them; if not, sets the one that does.
 
-    def _warm_up(self, report: StartupReport) -> None:
-        keys = self._choice.startup_keys(self._shapes.widths)
+        What a step needs beside its arguments is known when it is compiled, and to compile it the pool must
+        have a size. So that comes from an estimate, and the largest steps, compiled first, confirm it.
+        """
+        if self._memory_limit is None:
+            return True
+        largest = self._choice.largest_keys(self._shapes.widths)
+        compilation.wait(largest)
+        pool = planner.checked_pool(guess, max(temporary_bytes(self._steps.get(key)) for key in largest))
+        if pool != guess:
+            logger.info("The largest steps need other memory than estimated: compiling again")
+            self._shapes = self._shapes_of(pool)
+        return pool == guess
+
+    def _compile_startup_steps(self, report: StartupReport) -> StartupCompilation[StepKey]:
+        """Begins to compile the steps without which the engine does not start."""
+        shapes, choice = self._shapes, self._choice
+        keys = choice.startup_keys(shapes.widths)
+        if self.config.background:
+            first = choice.first_keys(shapes.widths)
+            cached = [key for key in keys if self._builder.is_cached(key, shapes)]
+            keys = first + [key for key in cached if key not in first]
+        if self._memory_limit is not None:  # what they need is to be known, even if start-up leaves them out
+            largest = choice.largest_keys(shapes.widths)
+            keys = [*largest, *(key for key in keys if key not in largest)]
         started = time.perf_counter()
-        with report.progress("Compiling steps", len(keys), unit="step") as advance:
+        return StartupCompilation(
+            self._steps,
+            keys,
+            lambda key: report.add(f"step {key}", time.perf_counter() - started, nested=True),
+        )
 
-            def done(key: StepKey) -> None:
-                report.add(f"step {key}", time.perf_counter() - started, nested=True)
-                advance(1)
+    def _allocate(self) -> None:
+        self.kv = self.kv_shape.allocate(self._kv_sharding)
+        shapes = self._shapes.state  # JAX remembers the function, which must not hold the runner
+        self.state = jax.jit(
+            lambda: jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes),
+            out_shardings=self._replicated,
+        )()
 
-            self._steps.warm_up(keys, done)
-        if self._cache is not None:
-            self._cache.trim()
-        if self.device.platform != "cpu":
-            for key in keys:
-                self._run_empty(key)
-            jax.block_until_ready(self.state.token)
+    def _run_steps_once(self) -> None:
+        """Lets a GPU load and capture the compiled steps before the first request comes."""
+        self._builder.trim_cache()
+        if self.device.platform == "cpu":
+            return
+        for key in self._steps:
+            self.run_empty(key)
+        jax.block_until_ready(self.state.token)
 
-    def _run_empty(self, key: StepKey) -> None:
-        """Runs a compiled step on padding only, so that the first request finds it loaded and captured."""
+    def compile_rest(
+        self, on_ready: Callable[[StepKey], None], on_end: Callable[[], None]
+    ) -> BackgroundCompilation[StepKey]:
+        """Begins to compile, in the background, the start-up steps that are not there yet.
+
+        on_ready(key) is called, from another thread, with each step that is: `run_empty(key)` readies it
+        further. on_end() when there are no more.
+        """
+        rest = [key for key in self._choice.rest_keys(self._shapes.widths) if key not in self._steps]
+
+        def end() -> None:
+            self._builder.trim_cache()
+            on_end()
+
+        self._background = BackgroundCompilation(
+            self._steps, rest, on_ready=on_ready, on_end=end, workers=BACKGROUND_WORKERS
+        )
+        return self._background
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every start-up step is compiled."""
+        return all(key in self._steps for key in self._choice.rest_keys(self._shapes.widths))
+
+    def run_empty(self, key: StepKey) -> None:
+        """Runs a compiled step on padding only, so that the first request finds it loaded and captured.
+
+        On the engine's thread once that runs: the step's KV pages and lane state replace those of the last.
+        """
+        if key.widths not in (NO_WIDTHS, self._shapes.widths):
+            return  # made for a lane state that has been widened since
         if key.kind in (NEWEST, REFILL):
             return  # small, and run with every decode step
         if key.kind == COPY:
@@ -459,6 +466,8 @@ class Runner:
         widths = max(edit, power_of_two(wanted[0])), max(ids, power_of_two(wanted[1]))
         self.mirror.widen(*widths)
         self._shapes = self._shapes_of(self.kv_shape, widths)
+        if self._background is not None:
+            self._background.cancel()  # what it compiles does not fit the new widths
 
         def pad(field: jax.Array, spec: jax.ShapeDtypeStruct, fill: int) -> jax.Array:
             extra = spec.shape[1] - field.shape[1]
@@ -475,7 +484,10 @@ class Runner:
         )
 
     def shutdown(self) -> None:
-        """Returns every device buffer the runner owns."""
+        """Returns every device buffer the runner owns; waits for the steps that are being compiled."""
+        if self._background is not None:
+            self._background.stop()
+            self._background = None
         self._decode = None
         self._steps.clear()
         for array in jax.tree.leaves((self.weights, self.kv, self.state, self._uploads)):

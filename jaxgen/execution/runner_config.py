@@ -30,4 +30,5 @@ class RunnerConfig:
     precompile_decode: bool
     precompile_prefill: bool
     strict_compile: bool
+    background: bool  # rarer start-up steps are compiled while the engine serves
     chunked: bool  # prompts longer than the largest prefill bucket come in pieces

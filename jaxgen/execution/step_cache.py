@@ -70,6 +70,9 @@ class StepCache:
             ]
         )
 
+    def __contains__(self, name: str) -> bool:
+        return self._path(name).exists()
+
     def load(self, name: str) -> jax.stages.Compiled | None:
         """The step stored under `name`, or None."""
         path = self._path(name)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 from jaxgen.execution.batch import RequestNeeds, needs_of
 from jaxgen.execution.programs import COPY, DECODE, NEWEST, PREFILL, REFILL, StepKey
 from jaxgen.execution.runner_config import RunnerConfig
 from jaxgen.execution.sampler import PLAIN, Variant
-from jaxgen.scheduling.buckets import coarse, decode_steps, pick
+from jaxgen.scheduling.buckets import coarse, decode_steps, sparse
 from jaxgen.scheduling.request import Request
 
 # Widths a full step is compiled for at start-up; larger requests widen them at the price of a compile.
@@ -17,6 +17,9 @@ LOGPROB_WIDTH = 16
 TOP_LOGPROBS = 20
 # What most that ask for log-probabilities ask for at most.
 FEW_TOP_LOGPROBS = 5
+# Between the sizes without which an engine is not ready, where others are compiled in the background: each costs
+# a second or two of the wait, and until the others are there batches are padded up to this much.
+FIRST_RATIO = 16
 
 
 def startup_variants(platform: str, vocab_size: int) -> tuple[Variant, ...]:
@@ -42,8 +45,9 @@ class StepChoice:
     """Picks the least step that serves a batch.
 
     variants: those compiled per bucket, least first; prefill knows only the first and the last. steps: (lanes,
-    steps of one launch) of each decode bucket. `widths` of the methods: of the sparse edits and of the requested
-    log-probabilities in the lane state.
+    steps of one launch) of each decode bucket. is_compiled(key): where steps are compiled in the background, a
+    larger one serves until the right one is there. `widths` of the methods: of the sparse edits and of the
+    requested log-probabilities in the lane state.
     """
 
     def __init__(
@@ -52,9 +56,11 @@ class StepChoice:
         variants: tuple[Variant, ...],
         steps: tuple[tuple[int, int], ...],
         vocab_size: int,
+        is_compiled: Callable[[StepKey], bool] = lambda key: True,
     ):
         self._launch_steps = steps
         self.config, self.variants, self.vocab_size = config, variants, vocab_size
+        self._is_compiled = is_compiled
         self.copy_key = StepKey(COPY, config.prefill_buckets[-1][1])
         self.newest_key = StepKey(NEWEST, config.rows)
 
@@ -73,6 +79,36 @@ class StepChoice:
         if config.precompile_decode:
             keys += [self.refill_key(lanes) for lanes in config.decode_buckets]
         return sorted(keys, key=lambda key: -key.size)
+
+    def first_keys(self, widths: tuple[int, int]) -> list[StepKey]:
+        """The steps that serve every request in launches of one step, if slowly; those that take longest first.
+
+        The largest full ones serve whatever there is; a small plain one of each kind serves a single request
+        at a bearable price.
+        """
+        config, common = self.config, self.variants[0]
+        prefill, decode = self.largest_keys(widths)
+        keys = [prefill]
+        if config.precompile_prefill:
+            tokens = sparse([tokens for tokens, _ in config.prefill_buckets], FIRST_RATIO)[1:2]
+            keys += [StepKey(PREFILL, *b, common, widths) for b in config.prefill_buckets if b[0] in tokens]
+        keys.append(decode)
+        if config.precompile_decode:
+            lanes = sparse(config.decode_buckets, FIRST_RATIO)[1:2]
+            keys += [StepKey(DECODE, b, 0, common, widths) for b in lanes]
+        keys += [self.refill_key(key.size) for key in keys if key.kind == DECODE]
+        return [*keys, self.copy_key, self.newest_key]
+
+    def rest_keys(self, widths: tuple[int, int]) -> list[StepKey]:
+        """The start-up steps that are not first, the most useful first."""
+        first = set(self.first_keys(widths))
+        rest = [key for key in self.startup_keys(widths) if key not in first]
+
+        def order(key: StepKey) -> tuple:
+            """Decode steps after the refills they need; common ones and powers of two before others."""
+            return key.variant is not None, self._is_rare(key.variant), key.size.bit_count() > 1, -key.size
+
+        return sorted(rest, key=order)
 
     def largest_keys(self, widths: tuple[int, int]) -> list[StepKey]:
         """The steps among which is the one that needs the most temporary memory."""
@@ -94,22 +130,31 @@ class StepChoice:
 
     def decode(self, lanes: int, steps: int, variant: Variant, widths: tuple[int, int]) -> StepKey:
         """The decode step for so many lanes and so many tokens of each."""
-        buckets = self._decode_buckets(variant)
-        if lanes > buckets[-1]:
-            bucket = min(power_of_two(lanes), self.config.rows)
-        else:
-            bucket = pick(buckets, lanes)
-        return StepKey(DECODE, bucket, 0, variant, widths, steps)
+        buckets = [b for b in self._decode_buckets(variant) if b >= lanes]
+        keys = [StepKey(DECODE, b, 0, variant, widths, steps) for b in buckets]
+        beyond = StepKey(DECODE, min(power_of_two(lanes), self.config.rows), 0, variant, widths, steps)
+        return self._first_compiled(keys, self.config.precompile_decode) or beyond
 
     def prefill(self, tokens: int, rows: int, variant: Variant, widths: tuple[int, int]) -> StepKey:
         """The prefill step for so many packed tokens of so many rows."""
         if not variant.plain and variant.top_logprobs <= self.variants[-1].top_logprobs:
             variant = self.variants[-1]
-        for bucket in self._prefill_buckets(variant):
-            if bucket[0] >= tokens and bucket[1] >= rows:
-                return StepKey(PREFILL, *bucket, variant, widths)
+        buckets = [b for b in self._prefill_buckets(variant) if b[0] >= tokens and b[1] >= rows]
+        keys = [StepKey(PREFILL, *b, variant, widths) for b in buckets]
+        if key := self._first_compiled(keys, self.config.precompile_prefill):
+            return key
         most_rows = self.config.prefill_buckets[-1][1]
         return StepKey(PREFILL, power_of_two(tokens), max(power_of_two(rows), most_rows), variant, widths)
+
+    def _first_compiled(self, keys: Sequence[StepKey], precompiled: bool) -> StepKey | None:
+        """The first that there is, where start-up goes on in the background; else the first."""
+        if not (keys and self.config.background and precompiled):
+            return keys[0] if keys else None
+        full = self.variants[-1]
+        least = keys[0].variant
+        if least is not None and least.top_logprobs <= full.top_logprobs:
+            keys = [*keys, *(key._replace(variant=full) for key in keys)]
+        return next(filter(self._is_compiled, keys), keys[0])
 
     def require_compiled(self, request: Request, widths: tuple[int, int]) -> None:
         """Raises ValueError for a request that no start-up step serves."""
@@ -154,9 +199,9 @@ class StepChoice:
         kept = coarse([tokens for tokens, _ in buckets])
         return tuple(bucket for bucket in buckets if bucket[0] in kept)
 
-    def _is_rare(self, variant: Variant) -> bool:
+    def _is_rare(self, variant: Variant | None) -> bool:
         """Whether a variant is one of several, and not for the common requests."""
-        return not variant.plain and len(self.variants) > 1
+        return not (variant is None or variant.plain) and len(self.variants) > 1
 
 
 def power_of_two(n: int) -> int:

@@ -1,6 +1,6 @@
 """The host half of the engine: which requests advance in the next step, on which KV pages. No JAX."""
 
-from jaxgen.scheduling.buckets import coarse, decode_buckets, decode_steps, pick, prefill_buckets
+from jaxgen.scheduling.buckets import coarse, decode_buckets, decode_steps, prefill_buckets, sparse
 from jaxgen.scheduling.page_pool import PageError
 from jaxgen.scheduling.plan import NEED_COLLECT, Chunk, Plan, SchedulerConfig, Signal
 from jaxgen.scheduling.request import Request, abort_reason
@@ -22,6 +22,6 @@ __all__ = [
     "coarse",
     "decode_buckets",
     "decode_steps",
-    "pick",
     "prefill_buckets",
+    "sparse",
 ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 
 MOST_STEPS = 8
@@ -101,13 +100,10 @@ def coarse(buckets: Sequence[int]) -> tuple[int, ...]:
     return tuple(b for b in buckets if (b.bit_count() == 1 and b.bit_length() % 2) or b == buckets[-1])
 
 
-def pick(buckets: Sequence[int], n: int) -> int:
-    """The smallest bucket that holds `n`.
-
-    Raises:
-        ValueError: `n` exceeds the largest bucket.
-    """
-    index = bisect_left(buckets, n)
-    if index == len(buckets):
-        raise ValueError(f"{n} exceeds the largest bucket, {buckets[-1]}")
-    return buckets[index]
+def sparse(buckets: Sequence[int], ratio: int) -> tuple[int, ...]:
+    """The fewest of `buckets`, the largest first, each at most a `ratio`-th of the one before."""
+    kept = [buckets[-1]]
+    for bucket in reversed(buckets):
+        if bucket * ratio <= kept[-1]:
+            kept.append(bucket)
+    return tuple(kept)

@@ -72,6 +72,7 @@ class Scheduler:
         self._paused_at = 0.0
         self._num_retractions = 0
         self._decode_steps = 0
+        self.single_step = False  # set while launches of several steps are not compiled yet
         self._most_steps = max((steps for _, steps in config.decode_steps), default=1)
         self._retract_interval = (
             environment.retract_interval() if config.test_retract is None else config.test_retract
@@ -221,6 +222,8 @@ class Scheduler:
 
     def _steps(self) -> int:
         """Tokens of each lane in the next decode plan."""
+        if self.single_step:
+            return 1
         table = self.config.decode_steps
         index = bisect.bisect_left(table, len(self._lanes.requests), key=lambda entry: entry[0])
         return table[index][1] if index < len(table) else 1

@@ -74,7 +74,10 @@ def test_startup():
         "startup", "--model", str(LLAMA3 / "config.json"), "--engine-options", json.dumps(options)
     )
     (row,) = record["results"]
-    assert row["warm"]["compile steps"] < row["cold"]["compile steps"]
+    # Compiling goes on from the memory plan to the last of these.
+    phases = ("plan memory", "load weights", "allocate KV cache", "compile steps")
+    seconds = {name: sum(row[name][phase] for phase in phases) for name in ("cold", "warm")}
+    assert seconds["warm"] < seconds["cold"]
     assert row["ratio"] == pytest.approx(row["warm"]["total"] / row["cold"]["total"])
 
 

@@ -171,7 +171,7 @@ def test_steps_that_do_only_what_the_batch_needs(reference, monkeypatch):
     monkeypatch.setattr(runner, "startup_variants", lambda platform, vocab_size: variants)
     with strict_engine(**HIDDEN) as engine:
         for key in list(engine._runner._steps._steps):
-            engine._runner._run_empty(key)  # as start-up on a GPU does
+            engine._runner.run_empty(key)  # as start-up on a GPU does
         used = []
         choose = engine._runner._variant
         monkeypatch.setattr(engine._runner, "_variant", lambda rows: used.append(choose(rows)) or used[-1])

@@ -17,8 +17,8 @@ from jaxgen.scheduling import (
     coarse,
     decode_buckets,
     decode_steps,
-    pick,
     prefill_buckets,
+    sparse,
 )
 
 
@@ -264,8 +264,6 @@ def test_buckets() -> None:
     assert prefill_buckets(100, 32) == (32, 64, 100)
     assert prefill_buckets(2048, 256, half_steps_from=512) == (256, 512, 768, 1024, 1536, 2048)
     assert coarse((1, 2, 4, 8, 24, 64, 80, 100)) == (1, 4, 64, 100)
-    assert [pick((1, 2, 4, 8), n) for n in (1, 3, 4, 8)] == [1, 4, 4, 8]
-    with pytest.raises(ValueError, match="9 exceeds the largest bucket, 8"):
-        pick((1, 2, 4, 8), 9)
+    assert sparse((1, 2, 4, 8, 24, 64, 80, 100), 4) == (100, 24, 4, 1)
     with pytest.raises(ValueError):
         decode_buckets(4, [0])
