@@ -76,11 +76,9 @@ LANES = st.tuples(
 @given(lanes=st.lists(LANES, min_size=4, max_size=4), seed=st.integers(0, 1000))
 def test_interpreted_kernel_draws_the_noisy_maximum_of_the_kept_tokens(lanes, seed):
     rng = np.random.default_rng(seed)
-    _, _, *options = zip(*lanes, strict=True)
     logits = np.stack([logits_of(*lane[:2], rng, 600, 128) for lane in lanes])
-    options = [
-        np.asarray(option, dtype) for option, dtype in zip(options, ("f4", "i4", "f4", "f4"), strict=True)
-    ]
+    dtypes = {2: "f4", 3: "i4", 4: "f4", 5: "f4"}
+    options = [np.asarray([lane[i] for lane in lanes], dtype) for i, dtype in dtypes.items()]
     seeds = np.arange(4, dtype=np.int32) + seed
     got = sample_kernel._sample(logits, *options, seeds, seeds, Cut(600, 128, 1), plgpu.InterpretGPUParams())
     noise = np.asarray(gumbel_noise(seeds, seeds, 600), np.float64)
