@@ -5,9 +5,10 @@ pass finds maximum, softmax denominator and the noisy maximum of all tokens. Row
 tokens before that candidate and their mass, and draw again among them while it is not kept. Greedy rows draw
 no noise.
 
-Of flat logits a small top_k would reject candidate after candidate. Rows of a small top_k therefore begin with
-their `_Leaders`, the two largest logits of each place of a chunk. They are all the tokens above the largest
-third one, and when those include all that the row keeps, it draws among them in registers.
+Of flat logits a small top_k rejects candidate after candidate. Rows of a small top_k therefore begin with their
+leaders, the two largest logits of each place of a chunk, instead of a draw. The leaders hold all tokens above
+the largest third logit of a place: if those are enough for the row, it is drawn among the leaders alone, and
+otherwise they tell at least a logit that all kept tokens are above.
 """
 
 import functools
@@ -26,7 +27,7 @@ from kernels_pallas.row_parts import LOWEST, NO_TOKEN, Cut, RowPart, merge_softm
 SCANNED, LED, DRAWN, WEIGHED = range(row_parts.TURNS)  # exchanges between the parts of a row
 
 KEPT, REJECTED, UNKNOWN = range(3)  # verdicts on a candidate
-TYPICAL = 700  # leaders above the floor, of a large row
+TYPICAL = 700  # tokens above the largest third logit of a place, of a row in 8 parts
 
 unsupported = row_parts.unsupported
 
@@ -276,7 +277,7 @@ def _sample(logits, temperature, top_k, top_p, min_p, seeds, positions, cut, int
     halves = [half for key in reference.row_keys(seeds, positions) for half in (key >> 16, key & 0xFFFF)]
     top_p = jnp.where(top_p < 1.0, top_p, jnp.inf)
     # One array, in one type that holds all of it, costs one kernel to make.
-    numbers = [jnp.minimum(factor, 1e30), jnp.minimum(top_k, NO_TOKEN), top_p, jnp.minimum(min_p, 1.0)]
+    numbers = [jnp.minimum(factor, 1e30), jnp.clip(top_k, 1, NO_TOKEN), top_p, jnp.minimum(min_p, 1.0)]
     options = [*numbers, greedy, keeps_all, weighs, leads, *halves]
     operands = (jnp.stack([option.astype(jnp.float32) for option in options]),)
     outputs = [((num_lanes,), jnp.int32)]
