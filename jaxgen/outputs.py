@@ -131,7 +131,8 @@ def _logprob_lists(
 
     def entries(values: Sequence[float | None], ids: Sequence[int]) -> list[LogprobTuple]:
         texts = map(token_text, ids) if token_text else itertools.repeat(None)
-        return list(zip(values, ids, texts))
+        floats = [None if value is None else float(value) for value in values]
+        return list(zip(floats, map(int, ids), texts))
 
     count = len(data.output_values)
     # The first prompt entry never has a logprob, whatever position it stands for.
