@@ -76,10 +76,7 @@ def prepare_heads(
     num_lanes, _, rows, head_dim = qkv.shape
     qk, v = qkv[:, :, :-1], qkv[:, :, -1]
     if q_norm is not None and k_norm is not None:
-        weight = jnp.stack([q_norm] * (rows - 2) + [k_norm]).astype(jnp.float32)  # [G + 1, H]
-        qk32 = qk.astype(jnp.float32)
-        scale = lax.rsqrt(jnp.mean(jnp.square(qk32), axis=-1, keepdims=True) + epsilon)
-        qk = (qk32 * scale * weight).astype(qk.dtype)
+        qk = _rms_norm(qk, jnp.stack([q_norm] * (rows - 2) + [k_norm]), epsilon)  # weight [G + 1, H]
     half = cos.shape[-1]
     cos, sin = cos[:, None, None], sin[:, None, None]
     qk32 = qk.astype(jnp.float32)
@@ -418,11 +415,7 @@ def fused_linear(
     residual: jax.Array | None,
 ) -> jax.Array:
     """A product with what stands around it in a decoder layer. See `kernels_pallas.fused_linear`."""
-    h = x
-    if norm is not None:
-        x32 = x.astype(jnp.float32)
-        inverse = lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + epsilon)
-        h = (x32 * inverse * norm.astype(jnp.float32)).astype(x.dtype)
+    h = x if norm is None else _rms_norm(x, norm, epsilon)
     matrix = weight.reshape(-1, weight.shape[-1])
     y = lax.dot_general(h, matrix, (((1,), (1,)), ((), ())), preferred_element_type=x.dtype)
     if bias is not None:
@@ -431,3 +424,10 @@ def fused_linear(
     if gated:
         y = jax.nn.silu(y[:, 0]) * y[:, 1]
     return y if residual is None else residual + y
+
+
+def _rms_norm(x: jax.Array, weight: jax.Array, epsilon: float) -> jax.Array:
+    """Over the last axis of x; float32 inside, dtype of x outside."""
+    x32 = x.astype(jnp.float32)
+    inverse = lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + epsilon)
+    return (x32 * inverse * weight.astype(jnp.float32)).astype(x.dtype)

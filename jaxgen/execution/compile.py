@@ -172,7 +172,7 @@ class BackgroundCompilation[Key]:
         self._switch_interval = sys.getswitchinterval()
         if self._threads:  # so that the thread that serves need not wait long for its turn
             sys.setswitchinterval(min(self._switch_interval, SWITCH_SECONDS))
-        if not self._threads:
+        else:
             self._end()
         for thread in self._threads:
             thread.start()

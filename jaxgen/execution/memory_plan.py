@@ -62,6 +62,7 @@ class MemoryPlanner:
         """`guess` if it fits beside `temporary` and wastes little, else the pool that does."""
         pool = self.pool(temporary)
         keep = pool.num_pages * (1 - TOLERATED_LOSS) <= guess.num_pages <= pool.num_pages
+        chosen = guess if keep else pool
         logger.info(
             "Memory per device: %.2f GiB usable, weights %.2f, largest step %.2f, lane state %.2f, KV %.2f",
             *(
@@ -71,13 +72,11 @@ class MemoryPlanner:
                     self.weights,
                     temporary,
                     self.lane_state,
-                    (guess if keep else pool).page_bytes
-                    * (guess if keep else pool).num_pages
-                    // self.tensor_devices,
+                    chosen.page_bytes * chosen.num_pages // self.tensor_devices,
                 )
             ),
         )
-        return guess if keep else pool
+        return chosen
 
     def estimated_temporary(self, variant: Variant) -> int:
         """Temporary memory of the largest steps of a variant, from their shapes.
