@@ -24,6 +24,7 @@ from jax.experimental import pallas as pl
 
 from kernels_pallas import decode_parts, mosaic
 from kernels_pallas.decode_config import DecodeConfig, blocks_per_split, choose_config, scale_operands
+from kernels_pallas.lowering import lower_once
 from kernels_pallas.mosaic import LOG2E, MASKED
 
 
@@ -58,10 +59,7 @@ def paged_decode_update(
     return o.reshape(num_lanes, num_kv_heads * (rows - 2), head_dim), k_pages, v_pages
 
 
-# Module level, so that all layers of a model share one trace and one compilation of the kernel.
-@functools.partial(
-    jax.jit, static_argnames=("scale", "window", "softcap", "epsilon", "config", "interpret"), inline=False
-)
+@lower_once("scale", "window", "softcap", "epsilon", "config", "interpret")
 def _decode(
     x, k_pages, v_pages, page_table, lengths, sinks, rope, norms, scales, scale, window, softcap, epsilon,
     config: DecodeConfig, interpret,

@@ -20,6 +20,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from kernels_pallas import mosaic
+from kernels_pallas.lowering import lower_once
 
 WORKERS = 2  # warpgroups that multiply
 QUAD = 4  # weight rows of a warpgroup at once, a warp each
@@ -67,8 +68,7 @@ def run(x, weight, norm, bias, residual, epsilon: float):
     return _run(x, weight, norm, bias, residual, epsilon, _ring(weight.shape, blocks), blocks, None)
 
 
-# A function of its own under jit: all layers of a model share one trace and one compilation of the kernel.
-@functools.partial(jax.jit, static_argnames=("epsilon", "ring", "blocks", "interpret"), inline=False)
+@lower_once("epsilon", "ring", "blocks", "interpret")
 def _run(x, weight, norm, bias, residual, epsilon, ring: Ring, blocks, interpret):
     dtype = x.dtype
     parts, rows, columns = weight.shape

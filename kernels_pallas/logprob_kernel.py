@@ -13,6 +13,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from kernels_pallas import row_parts
+from kernels_pallas.lowering import lower_once
 from kernels_pallas.reference import LogProbabilities
 from kernels_pallas.row_parts import NO_TOKEN, Cut, RowPart, merge_softmax
 
@@ -110,7 +111,7 @@ def _report(part: RowPart, tokens_ref, factor_ref, values_ref, ids_ref, chosen_r
         _merge(part, top_n, put)
 
 
-@functools.partial(jax.jit, static_argnames=("top_n", "cut", "interpret"))
+@lower_once("top_n", "cut", "interpret")
 def _log_probabilities(logits, tokens, temperature, top_n, cut, interpret):
     num_lanes = logits.shape[0]
     operands = (

@@ -7,14 +7,13 @@ each and take turns, one multiplying while the other does its softmax. Blocks of
 warpgroup sees skip the mask.
 """
 
-import functools
-
 import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from kernels_pallas import mosaic, prefill_schedule
+from kernels_pallas.lowering import lower_once
 from kernels_pallas.mosaic import LOG2E, ROWS
 from kernels_pallas.prefill_block import FP8, QUERY_SLOTS, WG_SLABS, Block, PrefillConfig, Problem, Refs
 from kernels_pallas.prefill_compute import attend_all
@@ -75,8 +74,7 @@ def ragged_prefill(
     return _prefill(*operands, scale, window, softcap, config, None)
 
 
-# Module level, so that all layers of a model share one trace and one compilation of the kernel.
-@functools.partial(jax.jit, static_argnames=("scale", "window", "softcap", "config", "interpret"))
+@lower_once("scale", "window", "softcap", "config", "interpret")
 def _prefill(
     q,
     k_pages,

@@ -15,13 +15,13 @@ import functools
 import math
 from collections.abc import Callable
 
-import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
 from kernels_pallas import mosaic, reference, row_parts
+from kernels_pallas.lowering import lower_once
 from kernels_pallas.row_parts import LOWEST, NO_TOKEN, Cut, RowPart, merge_softmax, weight
 
 SCANNED, LED, DRAWN, WEIGHED = range(row_parts.TURNS)  # exchanges between the parts of a row
@@ -266,7 +266,7 @@ def _draw(part: RowPart, options, out_ref, *leader_refs):
         out_ref[part.lane] = jnp.where(bad, -1, jnp.where(none, 0, token))
 
 
-@functools.partial(jax.jit, static_argnames=("cut", "interpret"))
+@lower_once("cut", "interpret")
 def _sample(logits, temperature, top_k, top_p, min_p, seeds, positions, cut, interpret):
     num_lanes, vocab_size = logits.shape
     greedy = temperature <= 0.0
