@@ -131,7 +131,7 @@ class Engine:
         except jax.errors.JaxRuntimeError as error:
             raise RuntimeError(f"The device failed while starting: {error}") from error
         pool_tokens = runner.kv_shape.num_tokens
-        scheduler_config = scheduler_config_of(args, runner_config, pool_tokens, runner.decode_steps)
+        scheduler_config = scheduler_config_of(args, runner_config, pool_tokens, runner.steps.decode_steps)
         self.server_args = args
         self._factory = RequestFactory(args, model, tokenizer, pool_tokens)
         self._context = InputContext(
@@ -219,7 +219,7 @@ class Engine:
             weight_version=args.weight_version,
             new_text=(lambda: factory.text_stream(spec)) if has_text else None,
             token_text=factory.token_text if has_text and spec.return_text_in_logprobs else None,
-            compile_count=lambda: self._runner.compile_count if self._runner else 0,
+            compile_count=lambda: self._runner.steps.miss_count if self._runner else 0,
             on_end=lambda ended: self._forget(ended.rid),
         )
         request.sink = response

@@ -24,7 +24,7 @@ def server_info(
         "last_gen_throughput": loop.throughput.tokens_per_second,
         "memory_usage": {
             "token_capacity": limits.pool_tokens,
-            "weight_bytes": runner.weight_bytes,
+            "weight_bytes": runner.steps.weight_bytes,
             "kvcache_bytes": runner.kv_shape.page_bytes * runner.kv_shape.num_pages,
         },
         "effective_max_running_requests_per_dp": loop.scheduler.config.max_running_requests,

@@ -321,10 +321,10 @@ def start_background(
     def on_end() -> None:
         report.finish_background(len(report.details) - started_with)
         with contextlib.suppress(EngineDeadError):
-            loop.post(lambda: setattr(loop.scheduler, "single_step", not runner.is_complete))
+            loop.post(lambda: setattr(loop.scheduler, "single_step", not runner.steps.is_complete))
 
-    loop.scheduler.single_step = not runner.is_complete
-    return runner.compile_rest(on_ready, on_end)
+    loop.scheduler.single_step = not runner.steps.is_complete
+    return runner.steps.compile_rest(on_ready, on_end)
 
 
 class Extras:

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import logging
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -14,36 +11,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxgen.checkpoint.types import Checkpoint
-from jaxgen.execution import kv_cache, lanes, layout
+from jaxgen.execution import layout
 from jaxgen.execution.batch import RowMirror, needs_of, pack_decode, pack_prefill, wants_input_logprobs
-from jaxgen.execution.compile import BackgroundCompilation, StartupCompilation, StepTable
 from jaxgen.execution.kv_cache import KVShape
-from jaxgen.execution.memory_plan import MemoryPlanner
-from jaxgen.execution.programs import (
-    COPY,
-    DECODE,
-    NEWEST,
-    NO_WIDTHS,
-    PREFILL,
-    REFILL,
-    Shapes,
-    StepKey,
-    array_bytes,
-    shard_bytes,
-    temporary_bytes,
-)
+from jaxgen.execution.programs import COPY, DECODE, NEWEST, NO_WIDTHS, PREFILL, REFILL, StepKey, array_bytes
 from jaxgen.execution.runner_config import RunnerConfig
 from jaxgen.execution.sampler import Logprobs, Variant
 from jaxgen.execution.step import StepOutput
 from jaxgen.execution.step_builder import StepBuilder
-from jaxgen.execution.step_choice import (
-    EDIT_WIDTH,
-    LOGPROB_WIDTH,
-    StepChoice,
-    launch_steps,
-    power_of_two,
-    startup_variants,
-)
+from jaxgen.execution.step_choice import power_of_two
+from jaxgen.execution.step_set import StepSet
 from jaxgen.execution.weights import Weights
 from jaxgen.layers.attention import KV_PAGE_AXES
 from jaxgen.models.config import ModelConfig
@@ -52,11 +29,6 @@ from jaxgen.scheduling.plan import Plan
 from jaxgen.scheduling.request import Request
 from jaxgen.sharding import sharding_for
 from jaxgen.startup import StartupReport
-
-logger = logging.getLogger("jaxgen")
-
-# Threads that compile while the engine serves: few, for each of them takes the engine's thread its turns.
-BACKGROUND_WORKERS = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,58 +87,31 @@ class Runner:
         """`cache_directory`: where compiled steps are kept for the next start; None keeps none."""
         self.config, self.model_config, self.mesh = config, model_config, mesh
         self.device = mesh.devices.flat[0]
-        self._memory_limit = kv_cache.device_memory_bytes(self.device)
         self._replicated = sharding_for(mesh, ())
         self._kv_sharding = sharding_for(mesh, KV_PAGE_AXES)
-        with report.phase("build model"):
-            self._builder = StepBuilder(model_config, config, mesh, cache_directory)
-            params = self._builder.params
-            weights = Weights(params, config.param_dtype, config.quantization, self.device.platform)
-        self.weight_bytes = sum(map(shard_bytes, params.values()))
-        self.decode_steps = launch_steps(config, self.weight_bytes, self.device.platform)
-        self._steps: StepTable[StepKey] = StepTable(self._build_step, strict=config.strict_compile)
-        variants = startup_variants(self.device.platform, model_config.vocab_size)
-        self._choice = StepChoice(
-            config, variants, self.decode_steps, model_config.vocab_size, self._is_compiled
-        )
         self._uploads: dict[int, jax.Array] = {}
-        self._background: BackgroundCompilation[StepKey] | None = None
+        self._decode: DecodeUpload | None = None
+        with report.phase("build model"):
+            builder = StepBuilder(model_config, config, mesh, cache_directory)
+            weights = Weights(builder.params, config.param_dtype, config.quantization, self.device.platform)
         with report.phase("plan memory"):
-            planner = self._planner()
-            guess = planner.pool(planner.estimated_temporary(self._choice.variants[-1]))
-            self._shapes = self._shapes_of(guess)
-        with contextlib.ExitStack() as compiling:
-            compilation = compiling.enter_context(self._compile_startup_steps(report))
+            self.steps = StepSet(builder, model_config, config, mesh)
+        with self.steps.compiling(report):
             with report.phase("load weights"):
                 self.weights = self._load(checkpoint, weights, report)
             with report.phase("compile largest steps"):
-                if not self._fits(planner, guess, compilation):
-                    compilation.stop()
-                    self._steps.clear()
-                    compilation = compiling.enter_context(self._compile_startup_steps(report))
-            self.mirror = RowMirror(config.rows, self._shapes.max_pages, *self._shapes.widths)
+                self.steps.confirm_memory(report)
+            shapes = self.steps.shapes
+            self.mirror = RowMirror(config.rows, shapes.max_pages, *shapes.widths)
             with report.phase("allocate KV cache"):
                 self._allocate()
             with report.phase("compile steps"):
-                with report.progress("Compiling steps", len(compilation), unit="step") as advance:
-                    compilation.wait(on_done=lambda: advance(1))
+                self.steps.wait(report)
         with report.phase("run steps once"):
             self._run_steps_once()
-        self._steps.seal()
-        self._decode: DecodeUpload | None = None
+        self.steps.seal()
 
     # ---- start-up
-
-    def _is_compiled(self, key: StepKey) -> bool:
-        if key.kind == DECODE and self._choice.refill_key(key.size) not in self._steps:
-            return False
-        return key in self._steps
-
-    def _build_step(self, key: StepKey) -> jax.stages.Compiled:
-        shapes = self._shapes
-        if key.widths not in (NO_WIDTHS, shapes.widths):  # asked for before the lane state was widened
-            shapes = self._shapes_of(self.kv_shape, key.widths)
-        return self._builder.build(key, shapes)
 
     def _load(self, checkpoint: Checkpoint, weights: Weights, report: StartupReport) -> tuple[jax.Array, ...]:
         table = ARCHITECTURES[self.model_config.architecture].weight_table(self.model_config)
@@ -174,75 +119,9 @@ class Runner:
         with report.progress("Loading weights", total, unit="B") as advance:
             return weights.load(checkpoint, table, advance)
 
-    def _shapes_of(self, kv: KVShape, widths: tuple[int, int] = (EDIT_WIDTH, LOGPROB_WIDTH)) -> Shapes:
-        config = self.config
-        max_pages = min(-(-config.context_length // config.page_size), kv.num_pages)
-        most_steps = max(steps for _, steps in self.decode_steps)
-        state = lanes.lane_state_shapes(
-            config.rows, max_pages, self.model_config.vocab_size, *widths, most_steps
-        )
-        return Shapes(
-            kv,
-            jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=self._replicated), state),
-        )
-
-    def _planner(self) -> MemoryPlanner:
-        return MemoryPlanner(
-            model=self.model_config,
-            config=self.config,
-            tensor_devices=self.mesh.shape["tensor"],
-            limit=self._memory_limit,
-            weights=self.weight_bytes,
-            lane_state=lanes.lane_state_bytes(
-                lanes.lane_state_shapes(
-                    self.config.rows,
-                    -(-self.config.context_length // self.config.page_size),
-                    self.model_config.vocab_size,
-                    EDIT_WIDTH,
-                    LOGPROB_WIDTH,
-                    max(steps for _, steps in self.decode_steps),
-                )
-            ),
-            tuning=max(map(shard_bytes, self._builder.params.values())) if self.config.background else 0,
-        )
-
-    def _fits(self, planner: MemoryPlanner, guess: KVShape, compilation: StartupCompilation[StepKey]) -> bool:
-        """Whether the pool that steps are being compiled for suits them; if not, sets the one that does.
-
-        What a step needs beside its arguments is known when it is compiled, and to compile it the pool must
-        have a size. So that comes from an estimate, and the largest steps, compiled first, confirm it.
-        """
-        if self._memory_limit is None:
-            return True
-        largest = self._choice.largest_keys(self._shapes.widths)
-        compilation.wait(largest)
-        pool = planner.checked_pool(guess, max(temporary_bytes(self._steps.get(key)) for key in largest))
-        if pool != guess:
-            logger.info("The largest steps need other memory than estimated: compiling again")
-            self._shapes = self._shapes_of(pool)
-        return pool == guess
-
-    def _compile_startup_steps(self, report: StartupReport) -> StartupCompilation[StepKey]:
-        """Begins to compile the steps without which the engine does not start."""
-        shapes, choice = self._shapes, self._choice
-        keys = choice.startup_keys(shapes.widths)
-        if self.config.background:
-            first = choice.first_keys(shapes.widths)
-            cached = [key for key in keys if self._builder.is_cached(key, shapes)]
-            keys = first + [key for key in cached if key not in first]
-        if self._memory_limit is not None:  # what they need is to be known, even if start-up leaves them out
-            largest = choice.largest_keys(shapes.widths)
-            keys = [*largest, *(key for key in keys if key not in largest)]
-        started = time.perf_counter()
-        return StartupCompilation(
-            self._steps,
-            keys,
-            lambda key: report.add(f"step {key}", time.perf_counter() - started, nested=True),
-        )
-
     def _allocate(self) -> None:
         self.kv = self.kv_shape.allocate(self._kv_sharding)
-        shapes = self._shapes.state  # JAX remembers the function, which must not hold the runner
+        shapes = self.steps.shapes.state  # JAX remembers the function, which must not hold the runner
         self.state = jax.jit(
             lambda: jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes),
             out_shardings=self._replicated,
@@ -250,43 +129,18 @@ class Runner:
 
     def _run_steps_once(self) -> None:
         """Lets a GPU load and capture the compiled steps before the first request comes."""
-        self._builder.trim_cache()
         if self.device.platform == "cpu":
             return
-        for key in self._steps:
+        for key in self.steps:
             self.run_empty(key)
         jax.block_until_ready(self.state.token)
-
-    def compile_rest(
-        self, on_ready: Callable[[StepKey], None], on_end: Callable[[], None]
-    ) -> BackgroundCompilation[StepKey]:
-        """Begins to compile, in the background, the start-up steps that are not there yet.
-
-        on_ready(key) is called, from another thread, with each step that is: `run_empty(key)` readies it
-        further. on_end() when there are no more.
-        """
-        rest = [key for key in self._choice.rest_keys(self._shapes.widths) if key not in self._steps]
-
-        def end() -> None:
-            self._builder.trim_cache()
-            on_end()
-
-        self._background = BackgroundCompilation(
-            self._steps, rest, on_ready=on_ready, on_end=end, workers=BACKGROUND_WORKERS
-        )
-        return self._background
-
-    @property
-    def is_complete(self) -> bool:
-        """Whether every start-up step is compiled."""
-        return all(key in self._steps for key in self._choice.rest_keys(self._shapes.widths))
 
     def run_empty(self, key: StepKey) -> None:
         """Runs a compiled step on padding only, so that the first request finds it loaded and captured.
 
         On the engine's thread once that runs: the step's KV pages and lane state replace those of the last.
         """
-        if key.widths not in (NO_WIDTHS, self._shapes.widths):
+        if key.widths not in (NO_WIDTHS, self.steps.shapes.widths):
             return  # made for a lane state that has been widened since
         if key.kind in (NEWEST, REFILL):
             return  # small, and run with every decode step
@@ -306,17 +160,12 @@ class Runner:
     def _run(self, key: StepKey, *uploads: np.ndarray | jax.Array) -> StepOutput:
         """Launches a decode or prefill step; KV pages and lane state are replaced by the step's."""
         arrays = [u if isinstance(u, jax.Array) else self._put(u) for u in uploads]
-        output, self.kv, self.state = self._steps.get(key)(self.weights, self.kv, self.state, *arrays)
+        output, self.kv, self.state = self.steps.get(key)(self.weights, self.kv, self.state, *arrays)
         return output
 
     @property
     def kv_shape(self) -> KVShape:
-        return self._shapes.kv
-
-    @property
-    def compile_count(self) -> int:
-        """Steps compiled while serving, since start-up."""
-        return self._steps.miss_count
+        return self.steps.shapes.kv
 
     def require_compiled(self, request: Request) -> None:
         """Raises ValueError if strict_compile forbids what serving `request` would have to compile.
@@ -325,7 +174,7 @@ class Runner:
         would end the engine.
         """
         if self.config.strict_compile:
-            self._choice.require_compiled(request, self._shapes.widths)
+            self.steps.choice.require_compiled(request, self.steps.shapes.widths)
 
     # ---- serving
 
@@ -382,7 +231,7 @@ class Runner:
         if decode is None or plan.membership_changed:
             variant = self._variant(plan.lanes)
             decode = DecodeUpload(
-                key=self._choice.decode(len(plan.lanes), plan.steps, variant, self._shapes.widths),
+                key=self.steps.choice.decode(len(plan.lanes), plan.steps, variant, self.steps.shapes.widths),
                 rows=np.array([request.row for request in plan.lanes], np.int32),
                 packed=None,
                 wants_logprobs=any(r.return_logprob for r in plan.lanes),
@@ -395,7 +244,7 @@ class Runner:
             decode = dataclasses.replace(decode, packed=self._upload(decode.key.size, packed))
         self._decode = decode
         output = self._run(decode.key, decode.packed)
-        tokens = self._steps.get(self._choice.newest_key)(self.state.drawn)
+        tokens = self.steps.get(self.steps.choice.newest_key)(self.state.drawn)
         top = _top_logprobs(decode.key)
         return Launched(
             plan, tokens, decode.rows, output, top, decode.wants_logprobs, False, decode.wants_hidden
@@ -408,7 +257,7 @@ class Runner:
         self.mirror.assign_pages(plan.page_updates)
         requests = [chunk.request for chunk in plan.chunks] + list(plan.lanes)
         variant = self._variant(requests)
-        key = self._choice.prefill(plan.num_tokens, len(requests), variant, self._shapes.widths)
+        key = self.steps.choice.prefill(plan.num_tokens, len(requests), variant, self.steps.shapes.widths)
         assert key.variant is not None
         uploads = pack_prefill(plan, self.mirror, fresh, key.size, key.rows, key.variant)
         output = self._run(key, *uploads)
@@ -428,24 +277,24 @@ class Runner:
         buffer = self._uploads.pop(lanes, None)
         if buffer is None:
             buffer = self._put(packed)
-        array = self._steps.get(self._choice.refill_key(lanes))(buffer, self._put(packed))
+        array = self.steps.get(self.steps.choice.refill_key(lanes))(buffer, self._put(packed))
         self._uploads[lanes] = array
         return array
 
     def _copy_pages(self, copies: Sequence[tuple[int, int]]) -> None:
-        key = self._choice.copy_key
+        key = self.steps.choice.copy_key
         for first in range(0, len(copies), key.size):
             part = np.array(copies[first : first + key.size], np.int32)
             packed = np.full((2, key.size), self.kv_shape.num_pages, np.int32)
             packed[0] = 0
             packed[:, : len(part)] = part.T
-            self.kv = self._steps.get(key)(self.kv, self._put(packed))
+            self.kv = self.steps.get(key)(self.kv, self._put(packed))
 
     def _put(self, array: np.ndarray) -> jax.Array:
         return jax.device_put(array, self._replicated)
 
     def _variant(self, requests: Sequence[Request]) -> Variant:
-        return self._choice.variant(self.mirror.needs[request.row] for request in requests)
+        return self.steps.choice.variant(self.mirror.needs[request.row] for request in requests)
 
     def _widen(self, plan: Plan) -> None:
         """Grows the sparse fields of the lane state when a request needs more than they hold."""
@@ -456,7 +305,7 @@ class Runner:
             or chunk.request.params.logit_bias
             or chunk.request.params.min_new_tokens
         ]
-        edit, ids = self._shapes.widths
+        edit, ids = self.steps.shapes.widths
         wanted = (
             max((n.edit_width for n in needs), default=0),
             max((n.logprob_width for n in needs), default=0),
@@ -465,16 +314,14 @@ class Runner:
             return
         widths = max(edit, power_of_two(wanted[0])), max(ids, power_of_two(wanted[1]))
         self.mirror.widen(*widths)
-        self._shapes = self._shapes_of(self.kv_shape, widths)
-        if self._background is not None:
-            self._background.cancel()  # what it compiles does not fit the new widths
+        self.steps.widen(widths)
 
         def pad(field: jax.Array, spec: jax.ShapeDtypeStruct, fill: int) -> jax.Array:
             extra = spec.shape[1] - field.shape[1]
             padded = jnp.pad(field, ((0, 0), (0, extra)), constant_values=fill)
             return jax.device_put(padded, self._replicated)
 
-        shapes, state = self._shapes.state, self.state
+        shapes, state = self.steps.shapes.state, self.state
         self.state = dataclasses.replace(
             state,
             edit_ids=pad(state.edit_ids, shapes.edit_ids, -1),
@@ -485,11 +332,8 @@ class Runner:
 
     def shutdown(self) -> None:
         """Returns every device buffer the runner owns; waits for the steps that are being compiled."""
-        if self._background is not None:
-            self._background.stop()
-            self._background = None
+        self.steps.release()
         self._decode = None
-        self._steps.clear()
         for array in jax.tree.leaves((self.weights, self.kv, self.state, self._uploads)):
             array.delete()
         self._uploads = {}

@@ -6,8 +6,7 @@ import pytest
 from tiny_engine import greedy, prompt_of, start
 from workload import assert_complete, assert_idle, strict_engine, workload
 
-from jaxgen.execution import kv_cache, step_choice
-from jaxgen.execution import runner as runner_module
+from jaxgen.execution import kv_cache, step_choice, step_set
 from jaxgen.execution.memory_plan import MemoryPlanner
 from jaxgen.execution.programs import DECODE, PREFILL, Programs
 from jaxgen.execution.sampler import PLAIN, Variant
@@ -26,7 +25,7 @@ OPTIONS = {
 @pytest.fixture(autouse=True)
 def two_variants(monkeypatch):
     """What a GPU does: steps of their own for batches that want no more than tokens."""
-    monkeypatch.setattr(runner_module, "startup_variants", lambda platform, vocab_size: (PLAIN, FULL))
+    monkeypatch.setattr(step_set, "startup_variants", lambda platform, vocab_size: (PLAIN, FULL))
     monkeypatch.setattr(step_choice, "FIRST_RATIO", 8)
 
 
@@ -46,7 +45,7 @@ def held(monkeypatch):
 
 
 def steps_of(engine, kind):
-    return {(key.size, not key.variant.plain) for key in engine._runner._steps if key.kind == kind}
+    return {(key.size, not key.variant.plain) for key in engine._runner.steps if key.kind == kind}
 
 
 def served(engine):
@@ -119,7 +118,7 @@ def test_a_step_that_fails_is_served_by_a_larger_one(monkeypatch, caplog):
 
 def test_shutdown_drops_what_has_not_begun(held):
     engine = start(**OPTIONS)
-    table = engine._runner._steps
+    table = engine._runner.steps._table
     assert background_threads()
     threading.Timer(0.2, held.set).start()  # the steps in the compiler's hands
     added, add = [], table.add
@@ -149,10 +148,10 @@ def test_steps_in_the_cache_are_there_from_the_start(tmp_path, held):
     options = OPTIONS | {"compilation_cache_dir": str(tmp_path)}
     with start(**options) as engine:
         engine.wait_until_compiled()
-        complete = set(engine._runner._steps)
+        complete = set(engine._runner.steps)
     held.clear()
     with start(**options) as engine:
-        assert set(engine._runner._steps) == complete
+        assert set(engine._runner.steps) == complete
         assert engine.wait_until_compiled(timeout=1)
 
 
@@ -169,8 +168,8 @@ def test_steps_that_need_other_memory_than_estimated(monkeypatch, wrong):
         shapes = {
             step.in_avals[0][1][0].shape[0]
             for step in [
-                engine._runner._steps.get(key)
-                for key in engine._runner._choice.largest_keys(engine._runner._shapes.widths)
+                engine._runner.steps.get(key)
+                for key in engine._runner.steps.choice.largest_keys(engine._runner.steps.shapes.widths)
             ]
         }
         assert shapes == {engine._runner.kv_shape.num_pages} == {engine._runner.kv[0].shape[0]}

@@ -7,7 +7,7 @@ import pytest
 from tiny_engine import GOLDEN, golden_cases, greedy, prompt_of
 from workload import assert_complete, assert_idle, assert_same, one_of, strict_engine, workload
 
-from jaxgen.execution import runner
+from jaxgen.execution import step_set
 from jaxgen.execution.sampler import PLAIN, Variant
 
 HIDDEN = {"enable_return_hidden_states": True}
@@ -168,9 +168,9 @@ def test_one_row_reaches_the_context_length():
 def test_steps_that_do_only_what_the_batch_needs(reference, monkeypatch):
     """What a GPU does: steps of their own for batches that want no more than tokens."""
     variants = (PLAIN, Variant(False, True, 5), Variant(True, True, 20))
-    monkeypatch.setattr(runner, "startup_variants", lambda platform, vocab_size: variants)
+    monkeypatch.setattr(step_set, "startup_variants", lambda platform, vocab_size: variants)
     with strict_engine(**HIDDEN) as engine:
-        for key in list(engine._runner._steps._steps):
+        for key in list(engine._runner.steps):
             engine._runner.run_empty(key)  # as start-up on a GPU does
         used = []
         choose = engine._runner._variant
