@@ -1,0 +1,176 @@
+"""The gated product of a feed-forward layer over many tokens, for Hopper: silu(x @ gate^T) * (x @ up^T) in one launch.
+
+XLA multiplies, writes both halves out and reads them again for the activation. Here a tile holds a gate column beside
+its up column, so that the halves never leave the registers. Blocks are persistent; one warpgroup fetches, two multiply
+64 tokens each and drift apart until one multiplies while the other applies the activation. The blocks of a cluster
+have different tokens and share each tile of the weight, which is read once for all of them.
+
+8,192 tokens on one H100 (JAX 0.11.2, medians of three chains of four layers, us): Qwen2.5-0.5B 203 against 271 of XLA,
+196 of which are the product; Llama-3-8B 2,528 (761 TFLOP/s) against 2,762, 2,546 of which are the product. Groups of
+4 and 16 tiles, and blocks without clusters, are 1 to 11 % slower.
+"""
+
+import functools
+from dataclasses import dataclass
+
+import jax
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+
+from kernels_pallas import mosaic
+from kernels_pallas.lowering import lower_once
+from kernels_pallas.mosaic import ROWS
+
+WORKERS = 2  # warpgroups that multiply
+DEPTH = 64  # columns of x and of the weight at once
+LEAST_TOKENS = 512  # below, the tiles are too few for the GPU
+
+
+@dataclass(frozen=True)
+class GluConfig:
+    """Tiling of a gated product.
+
+    columns: of the output in a tile. stages: of the ring through which x and weight travel. cluster: blocks that
+    share the weight. group: tiles of tokens that are taken before the next columns of the weight. blocks: in all.
+    """
+
+    columns: int = 128
+    stages: int = 4
+    cluster: int = 2
+    group: int = 8
+    blocks: int = 132
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a cluster's tile."""
+        return WORKERS * ROWS * self.cluster
+
+
+def unsupported(x: jax.Array, weight: jax.Array) -> str | None:
+    """Why the kernel cannot take x [T, D] and weight [2, N, D]; None if it can."""
+    config = GluConfig()
+    if x.dtype != jnp.bfloat16 or weight.dtype != jnp.bfloat16:
+        return f"input and weight are {x.dtype} and {weight.dtype}, not bfloat16"
+    if weight.shape[0] != 2:
+        return "the product is not gated"
+    if x.shape[0] < LEAST_TOKENS or x.shape[0] % config.tokens:
+        return f"{x.shape[0]} tokens are fewer than {LEAST_TOKENS} or no multiple of {config.tokens}"
+    if weight.shape[1] % config.columns or weight.shape[2] % DEPTH:
+        return f"rows and columns of a weight {weight.shape} do not divide by {config.columns} and {DEPTH}"
+    return None
+
+
+def run(x: jax.Array, weight: jax.Array) -> jax.Array:
+    """x [T, D], weight [2, N, D] -> [T, N]."""
+    return _run(x, weight, GluConfig(blocks=mosaic.multiprocessors()), None)
+
+
+@lower_once("config", "interpret")
+def _run(x, weight, config: GluConfig, interpret):
+    num_tokens, depth = x.shape
+    rows, columns, stages = WORKERS * ROWS, config.columns, config.stages
+    tiles = num_tokens // config.tokens, weight.shape[1] // columns
+    clusters = config.blocks // config.cluster
+    chunks = depth // DEPTH
+    shared = {"collective_axes": "rank"} if config.cluster > 1 else {}
+
+    def kernel(x_ref, weight_ref, out_ref, x_smem, weight_smem, out_smem, full, free):
+        cluster, rank, thread = lax.axis_index("block"), lax.axis_index("rank"), lax.axis_index("thread")
+        trips = mosaic.ceil_div(lax.max(tiles[0] * tiles[1] - cluster, jnp.int32(0)), clusters)
+
+        def locate(trip):
+            """First token and column of a tile."""
+            tile = plgpu.planar_snake(cluster + trip * clusters, tiles, 0, config.group)
+            return (tile[0] * config.cluster + rank) * rows, tile[1] * columns
+
+        def slot_of(step):
+            return lax.rem(step, jnp.int32(stages))
+
+        @pl.when(thread == WORKERS)
+        def _memory():
+            @pl.loop(0, trips)
+            def _tile(trip):
+                token, column = locate(trip)
+
+                @pl.loop(0, chunks)
+                def _chunk(i):
+                    step = trip * chunks + i
+                    slot = slot_of(step)
+
+                    @pl.when(step >= stages)
+                    def _wait():
+                        plgpu.barrier_wait(free.at[slot])
+
+                    part = pl.ds(i * DEPTH, DEPTH)
+                    arrived = full.at[slot]
+                    plgpu.copy_gmem_to_smem(x_ref.at[pl.ds(token, rows), part], x_smem.at[slot], arrived)
+                    for half in range(2):
+                        source = weight_ref.at[half, pl.ds(column, columns), part]
+                        target = weight_smem.at[slot, pl.ds(half * columns, columns)]
+                        plgpu.copy_gmem_to_smem(source, target, arrived, **shared)
+
+            steps = trips * chunks
+
+            @pl.loop(lax.max(steps - stages, jnp.int32(0)), steps)
+            def _drain(step):  # a barrier's every completion must be seen
+                plgpu.barrier_wait(free.at[slot_of(step)])
+
+        @pl.when(thread < WORKERS)
+        def _multiply():
+            mine = pl.ds(thread * ROWS, ROWS)
+
+            @pl.loop(0, trips)
+            def _tile(trip):
+                def product(acc):
+                    @pl.loop(0, chunks)
+                    def _chunk(i):
+                        step = trip * chunks + i
+                        slot = slot_of(step)
+                        plgpu.barrier_wait(full.at[slot])
+                        plgpu.wgmma(acc, x_smem.at[slot, mine], weight_smem.at[slot].transpose((1, 0)))
+                        plgpu.wgmma_wait(1)
+
+                        @pl.when(i > 0)
+                        def _release():
+                            plgpu.barrier_arrive(free.at[slot_of(step - 1)])
+
+                    value = acc[...]
+                    plgpu.barrier_arrive(free.at[slot_of(trip * chunks + chunks - 1)])
+                    return value
+
+                value = pl.run_scoped(product, plgpu.ACC((ROWS, 2 * columns), jnp.float32))
+                gate, up = value[:, :columns], value[:, columns:]
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                out_smem[thread] = (gate / (1.0 + jnp.exp(-gate)) * up).astype(x.dtype)
+                plgpu.commit_smem()
+                token, column = locate(trip)
+                target = out_ref.at[pl.ds(token + thread * ROWS, ROWS), pl.ds(column, columns)]
+                plgpu.copy_smem_to_gmem(out_smem.at[thread], target)
+
+            plgpu.wait_smem_to_gmem(0)
+
+    barrier = plgpu.Barrier
+    if config.cluster > 1:
+        barrier = functools.partial(plgpu.ClusterBarrier, collective_axes=("rank",))
+    launch = plgpu.kernel(
+        kernel,
+        out_type=mosaic.out_like((num_tokens, weight.shape[1]), x.dtype, x, weight),
+        grid=(clusters,),
+        grid_names=("block",),
+        cluster=(config.cluster,),
+        cluster_names=("rank",),
+        num_threads=WORKERS + 1,
+        thread_name="thread",
+        scratch_types=[
+            mosaic.operand_buffer((stages, rows, DEPTH), x.dtype),
+            mosaic.operand_buffer((stages, 2 * columns, DEPTH), x.dtype),
+            mosaic.operand_buffer((WORKERS, ROWS, columns), x.dtype),
+            plgpu.Barrier(num_arrivals=3, num_barriers=stages),
+            barrier(num_arrivals=WORKERS, num_barriers=stages),
+        ],
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+        interpret=interpret,
+    )
+    return launch(x, weight)
