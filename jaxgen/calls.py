@@ -65,9 +65,8 @@ class Call:
                 self._submit()
                 self._raise(self._events.get())
             return self._result()
-        except BaseException:
-            self.abort()
-            raise
+        finally:
+            self._close()
 
     def iterate(self) -> Generator[dict[str, Any]]:
         """Yields chunks as they come; closing the generator aborts what still runs."""
@@ -81,8 +80,7 @@ class Call:
                     remaining -= last
                     yield chunk
         finally:
-            if remaining:
-                self.abort()
+            self._close()
 
     async def wait_async(self) -> dict[str, Any] | list[dict[str, Any]]:
         """`wait` for the running event loop."""
@@ -92,9 +90,8 @@ class Call:
                 self._submit()
                 self._raise(await events.get())
             return self._result()
-        except BaseException:
-            self.abort()
-            raise
+        finally:
+            self._close()
 
     async def iterate_async(self) -> AsyncGenerator[dict[str, Any]]:
         """`iterate` for the running event loop."""
@@ -109,14 +106,22 @@ class Call:
                     remaining -= last
                     yield chunk
         finally:
-            if remaining:
-                self.abort()
+            self._close()
 
     def abort(self) -> None:
         """Ends the requests that still run; nobody is waiting for them any more."""
         running = [response for response in self.responses if response.finish_reason is None]
         if running:
             self._abort(running)
+
+    def _close(self) -> None:
+        """Aborts what still runs and lets go of the responses.
+
+        They know this call: a cycle would keep all their results until the garbage collector has been
+        through everything there is.
+        """
+        self.abort()
+        self.responses.clear()
 
     def _bind(self) -> asyncio.Queue[Response | BaseException | None]:
         """Delivers events to the running event loop from now on."""

@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 
+from jaxgen import garbage
 from jaxgen.calls import Call
 from jaxgen.checkpoint.errors import CheckpointError
 from jaxgen.checkpoint.resolve import open_checkpoint
@@ -84,6 +85,7 @@ class Engine:
             server_args = ServerArgs(**{"log_level": "error", **options})
         self._loop: EngineLoop | None = None
         self._runner: Runner | None = None
+        self._restore_thresholds: Callable[[], None] = lambda: None
         self._closed = False
         self._closing = threading.RLock()
         self._pid = os.getpid()
@@ -96,7 +98,9 @@ class Engine:
             self.shutdown()
             raise
         atexit.register(_shutdown_if_alive, weakref.ref(self))
-        self._abandoned = weakref.finalize(self, _release, self._pid, self._loop, self._runner)
+        self._abandoned = weakref.finalize(
+            self, _release, self._pid, self._loop, self._runner, self._restore_thresholds
+        )
         self._abandoned.atexit = False  # at exit JAX must still be there, which only the hook above sees to
         # Everything alive by now, JAX above all, is here to stay; a full collection looks at it for 0.2 s each time,
         # and there are many while results are made of many small objects. `_release` undoes it.
@@ -106,8 +110,7 @@ class Engine:
         report = self.startup_report
         set_log_level(args.log_level)  # first, so that warnings about the options obey it
         args.validate()
-        if args.gc_threshold is not None:
-            gc.set_threshold(*args.gc_threshold)
+        self._restore_thresholds = garbage.set_thresholds(args.gc_threshold)
         with report.phase("start backend"):
             cache = cache_directory(args.compilation_cache_dir)
             claim_device_memory(args.mem_fraction_static)
@@ -348,7 +351,7 @@ class Engine:
             return
         with self._closing:
             self._closed = True
-            _release(self._pid, self._loop, self._runner)
+            _release(self._pid, self._loop, self._runner, self._restore_thresholds)
             self._runner = None
 
     def __enter__(self) -> Engine:
@@ -384,7 +387,9 @@ def _is_empty_batch(given: GenerateReqInput) -> bool:
     return given.input_ids is None and isinstance(given.prompt, list | tuple) and not given.prompt
 
 
-def _release(pid: int, loop: EngineLoop | None, runner: Runner | None) -> None:
+def _release(
+    pid: int, loop: EngineLoop | None, runner: Runner | None, restore_thresholds: Callable[[], None]
+) -> None:
     """Ends the thread, then frees the device memory, of an engine shut down or garbage-collected."""
     if os.getpid() != pid:
         return
@@ -393,6 +398,7 @@ def _release(pid: int, loop: EngineLoop | None, runner: Runner | None) -> None:
     if runner is not None:
         runner.shutdown()
     gc.unfreeze()
+    restore_thresholds()
 
 
 def _shutdown_if_alive(reference: Callable[[], Engine | None]) -> None:

@@ -16,15 +16,15 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol, TypeVar
 
-import jax
 import numpy as np
 
 from jaxgen.errors import EngineDeadError
 from jaxgen.execution.compile import BackgroundCompilation
 from jaxgen.execution.programs import StepKey
-from jaxgen.execution.runner import Launched, Runner, StepResult
-from jaxgen.execution.sampler import Logprobs
-from jaxgen.scheduling.plan import NEED_COLLECT, Chunk, Plan
+from jaxgen.execution.runner import Launched, Runner
+from jaxgen.extras import Extras
+from jaxgen.logprobs import StepLogprobs
+from jaxgen.scheduling.plan import NEED_COLLECT, Plan
 from jaxgen.scheduling.request import Request, abort_reason
 from jaxgen.scheduling.scheduler import Scheduler
 from jaxgen.scheduling.waiting import QueueFull
@@ -42,11 +42,11 @@ class Sink(Protocol):
     def update(self, request: Request) -> None:
         """The request has a new token or has finished."""
 
-    def add_input_logprobs(self, request: Request, start: int, logprobs: Logprobs) -> None:
+    def add_input_logprobs(self, request: Request, start: int, logprobs: StepLogprobs) -> None:
         """Log-probabilities of the tokens after positions start, start + 1, ... of the prompt."""
 
-    def add_output_logprobs(self, logprobs: Logprobs, row: int) -> None:
-        """Log-probabilities of one generated token: those of `row` of the lists."""
+    def add_output_logprobs(self, logprobs: StepLogprobs, rows: slice) -> None:
+        """Log-probabilities of the next generated tokens: those of these rows."""
 
     def add_hidden(self, vectors: np.ndarray) -> None:
         """Final-norm vectors of a prompt's last chunk, [T0, D]."""
@@ -325,56 +325,3 @@ def start_background(
 
     loop.scheduler.single_step = not runner.steps.is_complete
     return runner.steps.compile_rest(on_ready, on_end)
-
-
-class Extras:
-    """Files a step's log-probabilities and hidden states with the requests that asked for them."""
-
-    def __init__(self, plan: Plan, result: StepResult):
-        self._plan, self._result = plan, result
-        self._logprobs = None if result.logprobs is None else result.logprobs.lists()
-        self._empty = result.logprobs is None and result.hidden is None and result.input_logprobs is None
-        # The lanes that go on, and how many tokens each had before this step.
-        lanes = () if self._empty else enumerate(plan.lanes)
-        self._lanes = [(i, r, len(r.output_ids)) for i, r in lanes if r.finish_reason is None]
-
-    def record_chunks(self) -> None:
-        """What prefill rows asked for; before the scheduler takes their tokens."""
-        if self._empty:
-            return
-        offset = 0
-        for row, chunk in enumerate(self._plan.chunks):
-            if chunk.request.finish_reason is None:
-                self._record_chunk(chunk, row, offset)
-            offset += chunk.length
-
-    def record_lanes(self) -> None:
-        """What decode lanes asked for, for each token that the scheduler has taken from this step."""
-        plan, result, logprobs = self._plan, self._result, self._logprobs
-        num_lanes, first_row = len(plan.lanes), len(plan.chunks)
-        first_token = sum(chunk.length for chunk in plan.chunks)
-        for lane, request, before in self._lanes:
-            for place in range(lane, lane + (len(request.output_ids) - before) * num_lanes, num_lanes):
-                if request.return_logprob and logprobs is not None:
-                    request.sink.add_output_logprobs(logprobs, first_row + place)
-                if request.return_hidden and result.hidden is not None:
-                    request.sink.add_next_hidden(result.hidden[first_token + place])
-
-    def _record_chunk(self, chunk: Chunk, row: int, offset: int) -> None:
-        request, sink, result = chunk.request, chunk.request.sink, self._result
-        if request.return_logprob and request.logprob_start >= 0 and result.input_logprobs is not None:
-            span = slice(offset, offset + chunk.length)
-            sink.add_input_logprobs(
-                request, chunk.start, jax.tree.map(lambda a: a[span], result.input_logprobs)
-            )
-        if not chunk.last:
-            return
-        if request.return_logprob and self._logprobs is not None:
-            sink.add_output_logprobs(self._logprobs, row)
-        if request.return_hidden and result.hidden is not None:
-            vectors = result.hidden[offset : offset + chunk.length]
-            # A retracted request prefills again; only the vector of its newest position is news.
-            if request.output_ids:
-                sink.add_next_hidden(vectors[-1])
-            else:
-                sink.add_hidden(vectors)

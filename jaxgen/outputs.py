@@ -11,27 +11,28 @@ from typing import Any
 import numpy as np
 
 from jaxgen.errors import RequestError
+from jaxgen.logprobs import Entry
 
-LogprobTuple = tuple[float | None, int, str | None]
+Rows = list[list[Entry] | None]
 
 
 @dataclass(slots=True)
 class LogprobData:
-    """Log-probabilities of one request as plain lists or NumPy arrays.
+    """Log-probabilities of one request.
 
-    Input lists have one entry per prompt position S .. P-1, S being logprob_start_len; what their first
-    entry holds does not matter, since the first position is conditioned on nothing that was asked for.
-    Output lists have one entry per generated token. An entry of a `top` list is `(values [k], ids [k])`,
-    descending; an entry of a `selected` list holds one value per requested id.
+    Input lists have one item per prompt position S .. P-1, S being logprob_start_len; the first is None, since
+    that position is conditioned on nothing that was asked for. Output lists have one item per generated token.
+    Items of a `top` list are the largest, descending; those of a `selected` list are of the requested ids. Both
+    lists stay empty unless they are asked for.
     """
 
-    input_ids: Sequence[int] = ()
-    input_values: Sequence[float | None] = ()
-    input_top: Sequence[tuple[Sequence[float], Sequence[int]] | None] = ()
-    input_selected: Sequence[Sequence[float] | None] = ()
-    output_values: Sequence[float] = ()
-    output_top: Sequence[tuple[Sequence[float], Sequence[int]]] = ()
-    output_selected: Sequence[Sequence[float]] = ()
+    input_ids: list[int] = field(default_factory=list)
+    input_values: list[float | None] = field(default_factory=list)
+    input_top: Rows = field(default_factory=list)
+    input_selected: Rows = field(default_factory=list)
+    output_values: list[float] = field(default_factory=list)
+    output_top: Rows = field(default_factory=list)
+    output_selected: Rows = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -129,31 +130,28 @@ def _logprob_lists(
 ) -> dict[str, Any]:
     data = snapshot.logprobs
 
-    def entries(values: Sequence[float | None], ids: Sequence[int]) -> list[LogprobTuple]:
+    def entries(values: Sequence[float | None], ids: Sequence[int]) -> list[Entry]:
         texts = map(token_text, ids) if token_text else itertools.repeat(None)
-        floats = [None if value is None else float(value) for value in values]
-        return list(zip(floats, map(int, ids), texts))
+        return list(zip(values, ids, texts))
+
+    def rows(found: Rows) -> Rows:
+        if token_text is None:
+            return found
+        return [row and [(value, token, token_text(token)) for value, token, _ in row] for row in found]
 
     count = len(data.output_values)
-    # The first prompt entry never has a logprob, whatever position it stands for.
-    first = entries([None], data.input_ids[:1])
     meta: dict[str, Any] = {
-        "input_token_logprobs": first + entries(data.input_values[1:], data.input_ids[1:]),
+        "input_token_logprobs": entries(data.input_values, data.input_ids),
         "output_token_logprobs": entries(data.output_values[ids_from:], snapshot.output_ids[ids_from:count]),
         "output_token_logprobs_length": count,
     }
     if snapshot.top_logprobs_num > 0:
-        meta["input_top_logprobs"] = _after_first(data.input_top, lambda row: entries(*row))
-        meta["output_top_logprobs"] = [entries(*row) for row in data.output_top[ids_from:]]
+        meta["input_top_logprobs"] = rows(data.input_top)
+        meta["output_top_logprobs"] = rows(data.output_top[ids_from:])
     if snapshot.token_ids_logprob:
-        wanted = snapshot.token_ids_logprob
-        meta["input_token_ids_logprobs"] = _after_first(data.input_selected, lambda row: entries(row, wanted))
-        meta["output_token_ids_logprobs"] = [entries(row, wanted) for row in data.output_selected[ids_from:]]
+        meta["input_token_ids_logprobs"] = rows(data.input_selected)
+        meta["output_token_ids_logprobs"] = rows(data.output_selected[ids_from:])
     return meta
-
-
-def _after_first(rows: Sequence[Any], convert: Callable[[Any], Any]) -> list[Any]:
-    return [None if index == 0 or row is None else convert(row) for index, row in enumerate(rows)]
 
 
 def _hidden_states(snapshot: RequestSnapshot) -> list[Any]:

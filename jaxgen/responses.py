@@ -8,8 +8,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from jaxgen.execution.sampler import Logprobs
 from jaxgen.io import RequestInput
+from jaxgen.logprobs import StepLogprobs
 from jaxgen.outputs import Emitted, LogprobData, RequestSnapshot, make_output
 from jaxgen.scheduling.request import Request
 from jaxgen.tokenizer import TextStream
@@ -116,25 +116,26 @@ class Response:
         self._on_end(self.request)
         self.bell.fail(error)
 
-    def add_input_logprobs(self, request: Request, start: int, logprobs: Logprobs) -> None:
+    def add_input_logprobs(self, request: Request, start: int, logprobs: StepLogprobs) -> None:
         """Entries for the tokens after positions start, start + 1, ...; a resumed request repeats earlier ones."""
-        data: Any = self._logprobs  # its lists, which for everybody else are read-only sequences
+        data, spec = self._logprobs, self.spec
         first = request.logprob_start + len(data.input_values) - (start + 1)
-        stop = min(len(logprobs.chosen), len(request.prompt_ids) - (start + 1))
+        stop = min(len(logprobs), len(request.prompt_ids) - (start + 1))
         if 0 <= first < stop:
-            top, ids = self.spec.top_logprobs_num, len(self.spec.token_ids_logprob or ())
-            span = slice(first, stop)
-            data.input_values.extend(logprobs.chosen[span].tolist())
-            top_values, top_ids = logprobs.top_values[span, :top], logprobs.top_ids[span, :top]
-            data.input_top.extend(zip(top_values.tolist(), top_ids.tolist()))
-            data.input_selected.extend(logprobs.id_values[span, :ids].tolist())
+            rows = slice(first, stop)
+            data.input_values += logprobs.chosen[rows]
+            if spec.top_logprobs_num:
+                data.input_top += logprobs.top(rows, spec.top_logprobs_num)
+            if spec.token_ids_logprob:
+                data.input_selected += logprobs.of_ids(rows, spec.token_ids_logprob)
 
-    def add_output_logprobs(self, logprobs: Logprobs, row: int) -> None:
-        data: Any = self._logprobs
-        top, ids = self.spec.top_logprobs_num, len(self.spec.token_ids_logprob or ())
-        data.output_values.append(logprobs.chosen[row])
-        data.output_top.append((logprobs.top_values[row][:top], logprobs.top_ids[row][:top]))
-        data.output_selected.append(logprobs.id_values[row][:ids])
+    def add_output_logprobs(self, logprobs: StepLogprobs, rows: slice) -> None:
+        data, spec = self._logprobs, self.spec
+        data.output_values += logprobs.chosen[rows]
+        if spec.top_logprobs_num:
+            data.output_top += logprobs.top(rows, spec.top_logprobs_num)
+        if spec.token_ids_logprob:
+            data.output_selected += logprobs.of_ids(rows, spec.token_ids_logprob)
 
     def add_hidden(self, vectors: np.ndarray) -> None:
         self._hidden.append(vectors.copy())

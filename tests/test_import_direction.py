@@ -21,7 +21,8 @@ ALLOWED = {
 }
 # Modules without JAX, which anybody may import, and which import only each other.
 LEAVES = {
-    "detokenizer", "detokenizer_states", "errors", "io", "io_limits", "io_records", "io_values", "logs",
+    "detokenizer", "detokenizer_states", "errors", "io", "io_limits", "io_records", "io_values",
+    "logprobs", "logs",
     "outputs", "patterns", "sampling_params", "server_args", "server_args_checks", "server_args_cli",
     "server_args_defaults", "shown", "startup", "stops", "tokenizer",
 }  # fmt: skip

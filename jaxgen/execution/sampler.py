@@ -83,10 +83,6 @@ class Logprobs:
         ids = np.ascontiguousarray(packed[:, 1 + top : 1 + 2 * top]).view(np.int32)
         return cls(packed[:, 0], packed[:, 1 : 1 + top], ids, packed[:, 1 + 2 * top :])
 
-    def lists(self) -> Logprobs:
-        """The same as Python lists: rows are taken from them one at a time."""
-        return jax.tree.map(lambda array: array.tolist(), self)
-
 
 def penalise(logits: jax.Array, counts: jax.Array, params: RowParams) -> jax.Array:
     """Frequency, presence and repetition penalties over generated tokens.

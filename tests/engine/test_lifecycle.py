@@ -14,6 +14,7 @@ from tiny_engine import OPTIONS, TOKENIZER, check_idle, golden_cases, greedy, pr
 
 import jaxgen
 from jaxgen import Engine, ServerArgs
+from jaxgen.responses import Response
 
 CASE = golden_cases()[1]
 
@@ -272,5 +273,37 @@ def test_an_engine_that_nobody_holds_gives_its_memory_back_without_a_collection(
         del engine
         assert gc.get_freeze_count() < exempt / 10
         assert held() == before
+    finally:
+        gc.enable()
+
+
+def test_garbage_collection_goes_on_as_before_after_an_engine():
+    before = gc.get_threshold()
+    with start():
+        assert gc.get_threshold()[:2] == before[:2]
+        assert gc.get_threshold()[2] > before[2]
+    assert gc.get_threshold() == before
+    with start(gc_threshold=[5000, 20]):
+        assert gc.get_threshold() == (5000, 20, before[2])
+    assert gc.get_threshold() == before
+
+
+def test_results_are_freed_without_a_collection(engine):
+    """Full collections are rare, so a call and its responses must not be a cycle."""
+    options = {"sampling_params": greedy(4), "return_logprob": True, "top_logprobs_num": 2}
+    prompts = [prompt_of(9), prompt_of(7)]
+
+    async def asynchronously():
+        await engine.async_generate(input_ids=prompts, **options)
+        async for _ in await engine.async_generate(input_ids=prompts, stream=True, **options):
+            pass
+
+    gc.collect()
+    gc.disable()
+    try:
+        engine.generate(input_ids=prompts, **options)
+        list(engine.generate(input_ids=prompts, stream=True, **options))
+        asyncio.run(asynchronously())
+        assert not [found for found in gc.get_objects() if isinstance(found, Response)]
     finally:
         gc.enable()
