@@ -34,7 +34,7 @@ for line in sys.stdin:
 def bench(*args: str) -> tuple[dict, str]:
     """The JSON record and the whole output of `jaxgen bench ARGS`."""
     done = subprocess.run(
-        [sys.executable, "-m", "jaxgen.cli.main", "bench", *args], cwd=ROOT, capture_output=True, text=True
+        [sys.executable, "-m", "jaxgen", "bench", *args], cwd=ROOT, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     record = json.loads(done.stdout.splitlines()[-1])

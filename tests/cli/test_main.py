@@ -16,9 +16,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def command(*args: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "jaxgen.cli.main", *args], cwd=ROOT, capture_output=True, text=True
-    )
+    return subprocess.run([sys.executable, "-m", "jaxgen", *args], cwd=ROOT, capture_output=True, text=True)
 
 
 def test_version(capsys):
@@ -26,6 +24,13 @@ def test_version(capsys):
         main(["--version"])
     assert stopped.value.code == 0
     assert capsys.readouterr().out.strip() == f"jaxgen {jaxgen.__version__}"
+
+
+def test_the_package_runs_as_the_command():
+    done = command("--version")
+    assert (done.returncode, done.stdout.strip()) == (0, f"jaxgen {jaxgen.__version__}")
+    done = command("convert", "nothing", "out")
+    assert done.returncode == 1 and done.stderr.startswith("jaxgen convert: ")
 
 
 def test_help_starts_no_backend_and_names_every_command():
