@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import array
 import json
 import logging
 import uuid
@@ -21,9 +22,9 @@ from jaxgen.io_values import (
     nested_depth,
     optional_str,
     per_prompt,
-    prompt_id_list,
+    prompt_id_array,
     to_lists,
-    token_id_list,
+    token_id_array,
 )
 from jaxgen.outputs import (
     LogprobData,
@@ -112,7 +113,7 @@ class GenerateReqInput:
         rids, base_rid = self._rids(context, count, n, single)
         namespaces = self._namespaces(count)
         if id_rows is None:
-            id_rows = encode(context.tokenizer, texts or [])
+            id_rows = [array.array("q", row) for row in encode(context.tokenizer, texts or [])]
         requests = []
         for row in range(count):
             fitted_params, ids, max_new_tokens = _fit(params[row], id_rows[row], context)
@@ -140,7 +141,7 @@ class GenerateReqInput:
                 )
         return NormalizedCall(requests, single and n == 1, bool(self.stream))
 
-    def _prompts(self, context: InputContext) -> tuple[list[str] | None, list[list[int]] | None, bool]:
+    def _prompts(self, context: InputContext) -> tuple[list[str] | None, list[array.array[int]] | None, bool]:
         """`(texts, id rows, single)`; id rows are `None` where texts have to be tokenised."""
         if self.prompt is None and self.input_ids is None and self.input_embeds is None:
             raise ValueError("one of prompt, input_ids and input_embeds must be given")
@@ -172,10 +173,10 @@ class GenerateReqInput:
 
     def _id_rows(
         self, context: InputContext, texts: list[str] | None, single: bool
-    ) -> tuple[list[list[int]], bool]:
+    ) -> tuple[list[array.array[int]], bool]:
         ids = to_lists("input_ids", self.input_ids)
         flat = nested_depth(ids) == 1
-        rows = [prompt_id_list(row, context.vocab_size) for row in ([ids] if flat else ids)]
+        rows = [prompt_id_array(row, context.vocab_size) for row in ([ids] if flat else ids)]
         if texts is None:
             return rows, flat
         if len(texts) != len(rows) or single != flat:
@@ -269,8 +270,8 @@ class GenerateReqInput:
         if any(isinstance(entry, list | tuple) for entry in ids):
             if len(ids) != count:
                 raise ValueError(f"token_ids_logprob must have one list per prompt ({count}), got {len(ids)}")
-            return [None if row is None else token_id_list(row, vocab_size) or None for row in ids]
-        return [token_id_list(ids, vocab_size) or None] * count
+            return [None if row is None else token_id_array(row, vocab_size).tolist() or None for row in ids]
+        return [token_id_array(ids, vocab_size).tolist() or None] * count
 
     def _rids(self, context: InputContext, count: int, n: int, single: bool) -> tuple[list[str], str | None]:
         """Ids of all requests, and the base id if one was given for the whole batch."""
@@ -307,8 +308,8 @@ class GenerateReqInput:
 
 
 def _fit(
-    params: SamplingParams, ids: list[int], context: InputContext
-) -> tuple[SamplingParams, list[int], int | None]:
+    params: SamplingParams, ids: array.array[int], context: InputContext
+) -> tuple[SamplingParams, array.array[int], int | None]:
     """Apply the length rules to one prompt: parameters, ids and clipped max_new_tokens."""
     if context.limits is None:
         return params, ids, params.max_new_tokens
@@ -317,7 +318,9 @@ def _fit(
         logger.warning("%s", message)
     if fitted.min_new_tokens != params.min_new_tokens:
         params = params.updated(min_new_tokens=fitted.min_new_tokens)
-    return params, ids[: fitted.prompt_len], fitted.max_new_tokens
+    if fitted.prompt_len < len(ids):
+        ids = ids[: fitted.prompt_len]
+    return params, ids, fitted.max_new_tokens
 
 
 def _params_of_sample(params: SamplingParams, sample: int) -> SamplingParams:

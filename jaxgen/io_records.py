@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,7 +34,7 @@ class RequestInput:
     prompt_index: int
     sample: int  # 0 .. n-1
     text: str | None
-    prompt_ids: list[int]
+    prompt_ids: Sequence[int]
     params: SamplingParams
     max_new_tokens: int | None
     return_logprob: bool = False

@@ -78,39 +78,47 @@ def to_lists(name: str, value: Any) -> list[Any]:
         if not isinstance(value, list):
             raise ValueError(f"{name} must be a list of int or an array, got a scalar")
         return value
+    if not any(hasattr(kind, "ndim") for kind in set(map(type, value))):
+        return list(value)
     return [entry.tolist() if getattr(entry, "ndim", 0) else entry for entry in value]
 
 
 def nested_depth(ids: list[Any]) -> int:
     """1 for a flat list (the empty one included), 2 for a list with lists in it."""
-    return 2 if any(isinstance(entry, list | tuple) for entry in ids) else 1
+    return 2 if any(issubclass(kind, list | tuple) for kind in set(map(type, ids))) else 1
 
 
-def prompt_id_list(ids: Any, vocab_size: int) -> list[int]:
-    """A non-empty list of ids of the vocabulary as plain ints; otherwise `ValueError`."""
+def prompt_id_array(ids: Any, vocab_size: int) -> array.array[int]:
+    """A non-empty list of ids of the vocabulary as an array; otherwise `ValueError`."""
     if not isinstance(ids, list | tuple):
         raise ValueError(f"input_ids must not mix ids and lists of ids, got {shown(ids)}")
     if not ids:
         raise ValueError("input_ids cannot be empty")
-    return token_id_list(ids, vocab_size, "input_ids")
+    return token_id_array(ids, vocab_size, "input_ids")
 
 
-def token_id_list(ids: Any, vocab_size: int, name: str = "token_ids_logprob") -> list[int]:
-    """Ids as plain ints; raises `ValueError` for entries that are no int or lie outside `[0, vocab_size)`."""
+def token_id_array(ids: Any, vocab_size: int, name: str = "token_ids_logprob") -> array.array[int]:
+    """Ids as 64-bit ints; raises `ValueError` for entries that are no int or lie outside `[0, vocab_size)`.
+
+    An array, because a list would hold an object per id, which each copy and each garbage collection visits.
+    """
     if not isinstance(ids, list | tuple):
         raise ValueError(f"{name} must be a list of int, got {shown(ids)}")
-    if set(map(type, ids)) - {int}:
-        ids = [integer(name, token) for token in ids]
-    if ids and not _are_within(ids, vocab_size):
-        wrong = next(token for token in ids if not 0 <= token < vocab_size)
-        raise ValueError(f"{name} has id {shown(wrong)}, outside the vocabulary [0, {vocab_size})")
-    return list(ids)
-
-
-def _are_within(ids: list[int] | tuple[int, ...], vocab_size: int) -> bool:
-    """Whether all ids lie in [0, vocab_size); prompts are long, and this takes a quarter of min() and max()."""
     try:
-        values = np.frombuffer(array.array("q", ids), np.int64)
-    except OverflowError:
-        return False
-    return bool(values.min() >= 0 and values.max() < vocab_size)
+        found = array.array("q", ids)
+    except (TypeError, OverflowError):
+        return _checked_ids(ids, vocab_size, name)
+    values = np.frombuffer(found, np.int64)
+    # An array takes all that is an int, and bools, which are 0 or 1.
+    has_bools = any(type(ids[i]) is bool for i in np.flatnonzero(values <= 1).tolist())
+    if has_bools or (found and (values.min() < 0 or values.max() >= vocab_size)):
+        return _checked_ids(ids, vocab_size, name)
+    return found
+
+
+def _checked_ids(ids: list[Any] | tuple[Any, ...], vocab_size: int, name: str) -> array.array[int]:
+    """`token_id_array` one by one, for the error message."""
+    for token in ids:
+        if not 0 <= integer(name, token) < vocab_size:
+            raise ValueError(f"{name} has id {shown(token)}, outside the vocabulary [0, {vocab_size})")
+    return array.array("q", ids)

@@ -56,7 +56,7 @@ class RequestSnapshot:
     reasoning_tokens: int = 0
     cached_tokens_details: dict[str, int] | None = None
     index: int | None = None  # only for members of a batch
-    prompt_token_ids: list[int] | None = None  # only on request
+    prompt_token_ids: Sequence[int] | None = None  # only on request
     return_logprob: bool = False
     top_logprobs_num: int = 0
     token_ids_logprob: list[int] | None = None

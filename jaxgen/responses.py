@@ -73,7 +73,7 @@ class Response:
         self._compiles_before = compile_count()
         self._announced = 0
         self._logprobs = LogprobData(
-            input_ids=spec.prompt_ids[spec.logprob_start_len :] if spec.logprob_start_len >= 0 else [],
+            input_ids=list(spec.prompt_ids[spec.logprob_start_len :]) if spec.logprob_start_len >= 0 else [],
             input_values=[None],
             input_top=[None],
             input_selected=[None],

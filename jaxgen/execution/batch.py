@@ -145,9 +145,8 @@ def pack_decode(plan: Plan, lanes: int, rows: int) -> np.ndarray:
 
 def chunk_targets(chunk: Chunk) -> list[int]:
     """For each position of the chunk, the prompt token that follows it (-1 past the prompt)."""
-    prompt = chunk.request.prompt_ids
-    targets = prompt[chunk.start + 1 : chunk.start + chunk.length + 1]
-    return targets + [-1] * (chunk.length - len(targets))
+    targets = chunk.request.prompt_ids[chunk.start + 1 : chunk.start + chunk.length + 1]
+    return [*targets, *[-1] * (chunk.length - len(targets))]
 
 
 def wants_input_logprobs(chunk: Chunk) -> bool:

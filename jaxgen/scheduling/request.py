@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import array
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -60,7 +60,7 @@ class Request:
     """
 
     rid: str
-    prompt_ids: list[int]
+    prompt_ids: Sequence[int]
     params: Any
     vocab_size: int
     max_new_tokens: int
