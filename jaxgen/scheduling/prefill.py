@@ -17,6 +17,10 @@ from jaxgen.scheduling.retraction import preemption_victims
 from jaxgen.scheduling.waiting import WaitingQueue
 
 LEAST_PRIORITY = -(2**31)
+# When requests wait for others to end, a prefill step for each one that does would cost more than a few idle rows:
+# this share of the running requests is let go first, for at most so many plans.
+BATCHED_SHARE = 1 / 32
+BATCHED_PLANS = 16
 NO_ROW = float("inf")
 
 
@@ -57,6 +61,8 @@ class PrefillPlanner:
         self._max_running = min(config.max_rows, config.max_running_requests or config.max_rows)
         self._max_chunks = config.prefill_max_requests or config.max_rows
         self._blocked_at: float | None = None
+        self._held_until = 0  # running requests, after a refusal
+        self._held_plans = 0
         self.chunked: Request | None = None
 
     def unblock(self) -> None:
@@ -92,7 +98,12 @@ class PrefillPlanner:
 
     def _is_blocked(self) -> bool:
         """Whether the request that did not fit last time cannot fit yet, so that looking again is a waste."""
-        if self._blocked_at is None or not self._running:
+        if not self._running:
+            return False
+        self._held_plans -= 1
+        if len(self._running) > self._held_until and self._held_plans >= 0:
+            return True
+        if self._blocked_at is None:
             return False
         if self._blocked_at == NO_ROW:
             return True
@@ -186,9 +197,12 @@ class PrefillPlanner:
         self, request: Request, plan: Plan, blocked_at: float, shortage: float, needed_rows: int
     ) -> Preemption | None:
         """The first waiting request does not fit beside those running: preempt, or remember what it needs."""
+        config = self._config
+        if not config.priority_scheduling:
+            self._held_until = len(self._running) - int(len(self._running) * BATCHED_SHARE)
+            self._held_plans = BATCHED_PLANS
         if plan.chunks:
             return None
-        config = self._config
         if config.priority_scheduling and config.priority_preemption:
             victims = preemption_victims(
                 request,

@@ -20,6 +20,7 @@ from jaxgen.scheduling import (
     prefill_buckets,
     sparse,
 )
+from jaxgen.scheduling.prefill import BATCHED_PLANS
 
 
 def config(**fields: Any) -> SchedulerConfig:
@@ -267,3 +268,23 @@ def test_buckets() -> None:
     assert sparse((1, 2, 4, 8, 24, 64, 80, 100), 4) == (100, 24, 4, 1)
     with pytest.raises(ValueError):
         decode_buckets(4, [0])
+
+
+@pytest.mark.parametrize(("ends", "together"), [((3, 6), True), ((3,), False)])
+def test_rows_of_a_full_batch_are_given_away_by_the_dozen(ends: tuple[int, ...], together: bool) -> None:
+    """A prefill step waits until a 32nd of the requests have ended, but not for long."""
+    harness = Harness(config(max_rows=64, num_pages=1024))
+    for index in range(64):
+        harness.add(ids(5, index), ends[index] if index < len(ends) else 60)
+    late = {harness.add(ids(5, 100 + index), 4).rid for index in range(2)}
+    harness.keep_plans = True
+    harness.run()
+    prefills = [
+        (i, {chunk.request.rid for chunk in p.chunks}) for i, p in enumerate(harness.plans) if p.chunks
+    ]
+    (_, first), (at, second), *rest = prefills
+    assert len(first) == 64
+    if together:
+        assert second == late and not rest
+    else:
+        assert len(second) == 1 and BATCHED_PLANS < at < 30
