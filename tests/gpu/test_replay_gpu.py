@@ -86,6 +86,7 @@ def start(**options) -> Engine:
         chunked_prefill_size=2048,
         cuda_graph_bs_decode=[64],
         cuda_graph_bs_prefill=[2048],
+        max_total_tokens=32768,  # fewer than all requests have: cached prefixes are evicted
         **options,
     )
 
