@@ -48,13 +48,13 @@ class GluConfig:
         return WORKERS * ROWS * self.cluster
 
 
-def unsupported(x: jax.Array, weight: jax.Array) -> str | None:
-    """Why the kernel cannot take x [T, D] and weight [2, N, D]; None if it can."""
+def unsupported(x: jax.Array, weight: jax.Array, bias: jax.Array | None = None) -> str | None:
+    """Why the kernel cannot take x [T, D], weight [2, N, D] and a bias; None if it can."""
     config = GluConfig()
     if x.dtype != jnp.bfloat16 or weight.dtype != jnp.bfloat16:
         return f"input and weight are {x.dtype} and {weight.dtype}, not bfloat16"
-    if weight.shape[0] != 2:
-        return "the product is not gated"
+    if weight.shape[0] != 2 or bias is not None:
+        return "the product is not gated, or has a bias"
     if x.shape[0] < LEAST_TOKENS or x.shape[0] % config.tokens:
         return f"{x.shape[0]} tokens are fewer than {LEAST_TOKENS} or no multiple of {config.tokens}"
     if weight.shape[1] % config.columns or weight.shape[2] % DEPTH:

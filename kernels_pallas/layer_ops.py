@@ -5,8 +5,8 @@ Axes: T tokens, D and N the columns and rows of the weight. Weights are [*out, i
 
 import jax
 
-from kernels_pallas import gemv_kernel, reference
-from kernels_pallas.ops import Implementation, _runs_kernel
+from kernels_pallas import gemv_kernel, glu_kernel, reference
+from kernels_pallas.ops import Implementation, runs_kernel
 
 
 def fused_linear(
@@ -22,7 +22,9 @@ def fused_linear(
 ) -> jax.Array:
     """`residual + act(rms_norm(x) @ weight + bias)`, where each of norm, act, bias and residual may be missing.
 
-    The kernel takes one token of bfloat16; it sums in float32 and rounds before the residual and after it.
+    In bfloat16, kernels take a single token and the gated product of many (512 and more, a multiple of 256); XLA's
+    products do the rest. Kernels sum in float32, apply the activation to the sums, and round before the residual
+    and after it.
 
     Args:
         x: [T, D].
@@ -52,8 +54,15 @@ def fused_linear(
     if residual is not None and residual.shape != out_shape:
         raise ValueError(f"residual must be {out_shape}, got {residual.shape}")
     parts = weight.reshape(2 if gated else 1, -1, weight.shape[-1])
-    if not _runs_kernel("fused_linear", implementation, gemv_kernel.unsupported(x, parts)):
+    single, many = gemv_kernel.unsupported(x, parts), glu_kernel.unsupported(x, parts, bias)
+    reason = None if single is None or many is None else f"for one token, {single}; for many, {many}"
+    if not runs_kernel(
+        "fused_linear", implementation, reason, report=False
+    ):  # where XLA is as good, none is missed
         return reference.fused_linear(x, weight, norm, epsilon, bias, gated, residual)
+    if many is None:
+        y = glu_kernel.run(x if norm is None else reference.rms_norm(x, norm, epsilon), parts)
+        return y if residual is None else residual + y
     bias = None if bias is None else bias.reshape(parts.shape[:-1])
     residual = None if residual is None else residual.reshape(1, -1)
     return gemv_kernel.run(x, parts, norm, bias, residual, epsilon).reshape(out_shape)

@@ -125,7 +125,7 @@ def paged_decode(
     operands = (q, k_pages, v_pages, page_table, lengths)
     options: dict[str, Any] = {"sm_scale": sm_scale, "window": window, "softcap": softcap, "sinks": sinks}
     options |= {"k_scale": k_scale, "v_scale": v_scale}
-    if _runs_kernel("paged_decode", implementation, reason):
+    if runs_kernel("paged_decode", implementation, reason):
         return decode_kernel.paged_decode(*operands, **options, deterministic=deterministic)
     return reference.paged_decode(*operands, **options)
 
@@ -186,7 +186,7 @@ def paged_decode_update(
     page_table, lengths = _in_own_buffers(k_pages, page_table, lengths)
     options: dict[str, Any] = {"sm_scale": sm_scale, "window": window, "softcap": softcap, "sinks": sinks}
     options |= {"k_scale": k_scale, "v_scale": v_scale}
-    if _runs_kernel("paged_decode_update", implementation, reason):
+    if runs_kernel("paged_decode_update", implementation, reason):
         return decode_kernel.paged_decode_update(
             qkv,
             k_pages,
@@ -270,7 +270,7 @@ def ragged_prefill(
         )
     check_scales(k_scale, v_scale)
     reason = prefill_kernel.unsupported(q, k_pages, v_pages, sinks)
-    kernel = _runs_kernel("ragged_prefill", implementation, reason)
+    kernel = runs_kernel("ragged_prefill", implementation, reason)
     page_table, lengths = _in_own_buffers(k_pages, page_table, lengths)
     attend = prefill_kernel.ragged_prefill if kernel else reference.ragged_prefill
     return attend(
@@ -335,7 +335,7 @@ def sample(
     for name, option in options.items():
         if option.shape != logits.shape[:1]:
             raise ValueError(f"{name} must be [B] = {logits.shape[:1]}, got {option.shape}")
-    kernel = _runs_kernel("sample", implementation, sample_kernel.unsupported(logits))
+    kernel = runs_kernel("sample", implementation, sample_kernel.unsupported(logits))
     draw = sample_kernel.sample if kernel else reference.sample
     # Into range, and so into buffers of their own: see _in_own_buffers.
     top_k = jnp.maximum(top_k, 1)
@@ -377,7 +377,7 @@ def log_probabilities(
             raise ValueError(f"{name} must be [B] = {logits.shape[:1]}, got {option.shape}")
     if not 0 <= top_n <= logits.shape[1]:
         raise ValueError(f"top_n must be in 0 to V = {logits.shape[1]}, got {top_n}")
-    kernel = _runs_kernel("log_probabilities", implementation, logprob_kernel.unsupported(logits, top_n))
+    kernel = runs_kernel("log_probabilities", implementation, logprob_kernel.unsupported(logits, top_n))
     compute = logprob_kernel.log_probabilities if kernel else reference.log_probabilities
     return compute(logits, tokens, temperature, top_n)
 
@@ -396,8 +396,11 @@ def gumbel_noise(seeds: jax.Array, positions: jax.Array, vocab_size: int) -> jax
     return reference.gumbel_noise(seeds, positions, vocab_size)
 
 
-def _runs_kernel(op: str, implementation: str | None, unsupported: str | None) -> bool:
-    """Whether the Mosaic GPU kernel runs; `unsupported` says why it cannot take the operands, or None."""
+def runs_kernel(op: str, implementation: str | None, unsupported: str | None, *, report: bool = True) -> bool:
+    """Whether the Mosaic GPU kernel runs; `unsupported` says why it cannot take the operands, or None.
+
+    report: log that a GPU has to do without.
+    """
     if implementation == "reference":
         return False
     if implementation == "mosaic":
@@ -407,7 +410,7 @@ def _runs_kernel(op: str, implementation: str | None, unsupported: str | None) -
     if implementation is not None:
         raise ValueError(f"implementation {implementation!r} is unknown; use None, 'reference' or 'mosaic'")
     reason = mosaic.device_without_kernels() or unsupported
-    if reason is not None and mosaic.default_device().platform == "gpu":
+    if report and reason is not None and mosaic.default_device().platform == "gpu":
         mosaic.report_fallback(op, reason)
     return reason is None
 

@@ -76,7 +76,7 @@ def prepare_heads(
     num_lanes, _, rows, head_dim = qkv.shape
     qk, v = qkv[:, :, :-1], qkv[:, :, -1]
     if q_norm is not None and k_norm is not None:
-        qk = _rms_norm(qk, jnp.stack([q_norm] * (rows - 2) + [k_norm]), epsilon)  # weight [G + 1, H]
+        qk = rms_norm(qk, jnp.stack([q_norm] * (rows - 2) + [k_norm]), epsilon)  # weight [G + 1, H]
     half = cos.shape[-1]
     cos, sin = cos[:, None, None], sin[:, None, None]
     qk32 = qk.astype(jnp.float32)
@@ -415,7 +415,7 @@ def fused_linear(
     residual: jax.Array | None,
 ) -> jax.Array:
     """A product with what stands around it in a decoder layer. See `kernels_pallas.fused_linear`."""
-    h = x if norm is None else _rms_norm(x, norm, epsilon)
+    h = x if norm is None else rms_norm(x, norm, epsilon)
     matrix = weight.reshape(-1, weight.shape[-1])
     y = lax.dot_general(h, matrix, (((1,), (1,)), ((), ())), preferred_element_type=x.dtype)
     if bias is not None:
@@ -426,7 +426,7 @@ def fused_linear(
     return y if residual is None else residual + y
 
 
-def _rms_norm(x: jax.Array, weight: jax.Array, epsilon: float) -> jax.Array:
+def rms_norm(x: jax.Array, weight: jax.Array, epsilon: float) -> jax.Array:
     """Over the last axis of x; float32 inside, dtype of x outside."""
     x32 = x.astype(jnp.float32)
     inverse = lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + epsilon)

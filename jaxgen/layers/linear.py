@@ -44,21 +44,20 @@ class Linear(nnx.Module):
         is_sharded = mesh is not None and mesh.shape[TENSOR_AXIS] > 1
         # A mesh axis may cut an output axis behind the first; such a weight must keep its axes apart.
         self.is_cut = is_sharded and any(axes[1:-1])
-        self.has_kernel = not is_sharded  # a kernel is opaque to the partitioner
+        self.is_plain = not is_sharded  # a kernel is opaque to the partitioner
 
     def __call__(
         self, x: jax.Array, *, norm: RMSNorm | None = None, residual: jax.Array | None = None
     ) -> jax.Array:
         """`residual` plus the layer's output for x [T, in_size], normalised first: [T, *out_shape] in x's dtype."""
-        if x.shape[0] == 1 and self.has_kernel:
-            bias = None if self.bias is None else self.bias[...]
+        if self.is_plain:
             scale, epsilon = (None, 0.0) if norm is None else (norm.weight[...], norm.epsilon)
             return fused_linear(
                 x,
                 self.weight[...],
                 norm=scale,
                 epsilon=epsilon,
-                bias=bias,
+                bias=None if self.bias is None else self.bias[...],
                 gated=self.gated,
                 residual=residual,
             )
@@ -105,7 +104,7 @@ class QuantizedLinear(Linear):
         self.weight = param((*out_shape, in_size), scheme.dtype, axes)
         self.scale = param(out_shape, jnp.dtype(jnp.float32), axes[:-1])
         self.scheme = scheme
-        self.has_kernel = False
+        self.is_plain = False
 
     def _multiply(self, x: jax.Array, weight: jax.Array) -> jax.Array:
         out_dtype, sum_dtype = x.dtype, self.scheme.sum_dtype(x.dtype)
