@@ -5,8 +5,9 @@ from __future__ import annotations
 import difflib
 import math
 import operator
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
+from functools import partial
 from itertools import islice
 from typing import Any, Self
 
@@ -87,9 +88,9 @@ class SamplingParams:
             raise ValueError(f"sampling_params must be a dict or SamplingParams, got {shown(value)}")
         merged = {**(defaults or {}), **given}
         for key in merged:
-            if key not in FIELD_NAMES:
+            if key not in DEFAULTS:
                 raise TypeError(f"unknown sampling parameter {shown(key)}{_nearest(key)}")
-        return cls(**merged).normalized()
+        return _resolved(merged, frozenset(merged))
 
     def given(self) -> dict[str, Any]:
         """The fields that were passed to the constructor, with their values."""
@@ -111,62 +112,7 @@ class SamplingParams:
 
     def normalized(self) -> SamplingParams:
         """The checked, resolved copy. Idempotent. Raises `ValueError` naming the offending field."""
-        values = {name: getattr(self, name) for name in FIELD_NAMES}
-        for name, default in DEFAULTS.items():
-            if values[name] is None and name != "max_new_tokens":
-                values[name] = default
-        for name in ("no_stop_trim", "ignore_eos", "skip_special_tokens", "spaces_between_special_tokens"):
-            values[name] = _boolean(name, values[name])
-
-        values["max_new_tokens"] = _optional(_integer, "max_new_tokens", values["max_new_tokens"], low=0)
-        values["min_new_tokens"] = _integer("min_new_tokens", values["min_new_tokens"], low=0)
-        most = values["max_new_tokens"]
-        if most is not None and values["min_new_tokens"] > most:
-            least = shown(values["min_new_tokens"])
-            raise ValueError(f"min_new_tokens must not exceed max_new_tokens, got {least} > {shown(most)}")
-        values["n"] = _integer("n", values["n"], low=1, high=MAX_SAMPLES)
-        values["stream_interval"] = _optional(_integer, "stream_interval", values["stream_interval"], low=1)
-        values["sampling_seed"] = _optional(
-            _integer, "sampling_seed", values["sampling_seed"], low=-(1 << 63), high=(1 << 63) - 1
-        )
-        values["beam_width"] = _optional(_integer, "beam_width", values["beam_width"], low=1)
-        if values["beam_width"] is not None and values["n"] > values["beam_width"]:
-            raise ValueError(f"n must not exceed beam_width, got {values['n']} > {values['beam_width']}")
-
-        values["temperature"] = _real("temperature", values["temperature"], low=0.0)
-        values["top_p"] = _real("top_p", values["top_p"], low=0.0, high=1.0, open_low=True)
-        values["min_p"] = _real("min_p", values["min_p"], low=0.0, high=1.0)
-        values["frequency_penalty"] = _real(
-            "frequency_penalty", values["frequency_penalty"], low=-2.0, high=2.0
-        )
-        values["presence_penalty"] = _real("presence_penalty", values["presence_penalty"], low=-2.0, high=2.0)
-        values["repetition_penalty"] = _real(
-            "repetition_penalty", values["repetition_penalty"], low=0.0, high=2.0, open_low=True
-        )
-        top_k = _integer("top_k", values["top_k"], low=-1)
-        if top_k == 0:
-            raise ValueError("top_k must be -1 (whole vocabulary) or at least 1, got 0")
-        values["top_k"] = ALL_TOKENS if top_k == -1 else min(top_k, ALL_TOKENS)
-        if values["temperature"] < GREEDY_BELOW or top_k == 1:
-            values["temperature"], values["top_k"] = 0.0, 1
-
-        values["stop"] = _strings("stop", values["stop"])
-        values["stop_regex"] = _patterns(values["stop_regex"])
-        values["stop_token_ids"] = _token_ids("stop_token_ids", values["stop_token_ids"])
-        values["logit_bias"] = _logit_bias(values["logit_bias"])
-        for kind in GRAMMARS:
-            if values[kind] is not None and not isinstance(values[kind], str):
-                raise ValueError(f"{kind} must be a str, got {shown(values[kind])}")
-            values[kind] = values[kind] or None
-        used = [kind for kind in GRAMMARS if values[kind]]
-        if len(used) > 1:
-            raise ValueError(f"at most one of {', '.join(GRAMMARS)} may be set, got {' and '.join(used)}")
-        for name in ("custom_params", "watermark"):
-            values[name] = _optional(_string_keyed, name, values[name])
-
-        resolved = SamplingParams(**values)
-        object.__setattr__(resolved, "_given", self._given)  # type: ignore[attr-defined]
-        return resolved
+        return _resolved({name: getattr(self, name) for name in FIELD_NAMES}, self._given)  # type: ignore[attr-defined]
 
     def validate(self, vocab_size: int, *, has_tokenizer: bool = True) -> SamplingParams:
         """Check normalised parameters against the model; returns the parameters to use.
@@ -207,7 +153,7 @@ class SamplingParams:
 
 
 FIELD_NAMES = tuple(field.name for field in fields(SamplingParams))
-DEFAULTS = {field.name: field.default for field in fields(SamplingParams)}
+DEFAULTS: dict[str, Any] = {field.name: field.default for field in fields(SamplingParams)}
 
 
 def _nearest(key: Any) -> str:
@@ -215,10 +161,6 @@ def _nearest(key: Any) -> str:
         difflib.get_close_matches(key, FIELD_NAMES, n=1) if isinstance(key, str) and len(key) < 100 else []
     )
     return f"; did you mean {close[0]!r}?" if close else f"; known parameters: {', '.join(FIELD_NAMES)}"
-
-
-def _optional(check: Any, name: str, value: Any, **limits: Any) -> Any:
-    return None if value is None else check(name, value, **limits)
 
 
 def _boolean(name: str, value: Any) -> bool:
@@ -263,7 +205,7 @@ def _finite(name: str, value: Any) -> float:
 
 def _strings(name: str, value: Any) -> list[str]:
     """A str or a list of non-empty str, at most `MAX_STOPS` of them."""
-    entries = [] if value is None else [value] if isinstance(value, str) else value
+    entries = [value] if isinstance(value, str) else value
     if not isinstance(entries, list | tuple):
         raise ValueError(f"{name} must be a str or a list of str, got {shown(value)}")
     if len(entries) > MAX_STOPS:
@@ -276,8 +218,8 @@ def _strings(name: str, value: Any) -> list[str]:
     return list(entries)
 
 
-def _patterns(value: Any) -> list[str]:
-    patterns = _strings("stop_regex", value)
+def _patterns(name: str, value: Any) -> list[str]:
+    patterns = _strings(name, value)
     for pattern in patterns:
         if len(pattern.encode("utf-8", "surrogatepass")) > MAX_REGEX_BYTES:
             raise ValueError(
@@ -291,8 +233,6 @@ def _patterns(value: Any) -> list[str]:
 
 
 def _token_ids(name: str, value: Any) -> frozenset[int]:
-    if value is None:
-        return frozenset()
     if isinstance(value, str | bytes | bytearray | Mapping) or not isinstance(value, Iterable):
         raise ValueError(f"{name} must be a list of int, got {shown(value)}")
     ids = list(islice(value, MAX_LISTED_IDS + 1))
@@ -302,9 +242,7 @@ def _token_ids(name: str, value: Any) -> frozenset[int]:
     return frozenset(_integer(name, token, low=-(1 << 63)) for token in ids if token is not None)
 
 
-def _logit_bias(value: Any) -> dict[int, float]:
-    if value is None:
-        return {}
+def _logit_bias(name: str, value: Any) -> dict[int, float]:
     if not isinstance(value, Mapping):
         raise ValueError(f"logit_bias must be a dict from token id to number, got {shown(value)}")
     bias: dict[int, float] = {}
@@ -328,3 +266,75 @@ def _string_keyed(name: str, value: Any) -> dict[str, Any]:
     if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
         raise ValueError(f"{name} must be a dict with str keys, got {shown(value)}")
     return dict(value)
+
+
+def _top_k(name: str, value: Any) -> int:
+    number = _integer(name, value, low=-1)
+    if number == 0:
+        raise ValueError("top_k must be -1 (whole vocabulary) or at least 1, got 0")
+    return ALL_TOKENS if number == -1 else min(number, ALL_TOKENS)
+
+
+def _grammar(name: str, value: Any) -> str | None:
+    if not isinstance(value, str):
+        raise ValueError(f"{name} must be a str, got {shown(value)}")
+    return value or None
+
+
+# What checks a field that was given, and gives the resolved value.
+CHECKS: dict[str, Callable[[str, Any], Any]] = {
+    "max_new_tokens": partial(_integer, low=0),
+    "min_new_tokens": partial(_integer, low=0),
+    "n": partial(_integer, low=1, high=MAX_SAMPLES),
+    "temperature": partial(_real, low=0.0),
+    "top_p": partial(_real, low=0.0, high=1.0, open_low=True),
+    "top_k": _top_k,
+    "min_p": partial(_real, low=0.0, high=1.0),
+    "frequency_penalty": partial(_real, low=-2.0, high=2.0),
+    "presence_penalty": partial(_real, low=-2.0, high=2.0),
+    "repetition_penalty": partial(_real, low=0.0, high=2.0, open_low=True),
+    "stop": _strings,
+    "stop_token_ids": _token_ids,
+    "stop_regex": _patterns,
+    "no_stop_trim": _boolean,
+    "ignore_eos": _boolean,
+    "skip_special_tokens": _boolean,
+    "spaces_between_special_tokens": _boolean,
+    "stream_interval": partial(_integer, low=1),
+    "logit_bias": _logit_bias,
+    "sampling_seed": partial(_integer, low=-(1 << 63), high=(1 << 63) - 1),
+    **dict.fromkeys(GRAMMARS, _grammar),
+    "custom_params": _string_keyed,
+    "beam_width": partial(_integer, low=1),
+    "watermark": _string_keyed,
+}
+# The resolved values of what was not given. Records share them: nobody changes one.
+RESOLVED_DEFAULTS = DEFAULTS | {
+    "top_k": ALL_TOKENS,
+    "stop": [],
+    "stop_regex": [],
+    "stop_token_ids": frozenset(),
+    "logit_bias": {},
+}
+
+
+def _resolved(values: Mapping[str, Any], given: frozenset[str]) -> SamplingParams:
+    """The checked record of some fields; the others, and those that are None, have their defaults."""
+    found = RESOLVED_DEFAULTS | {
+        name: CHECKS[name](name, value) for name, value in values.items() if value is not None
+    }
+    if "max_new_tokens" in values and values["max_new_tokens"] is None:
+        found["max_new_tokens"] = None  # as many as there is room for
+    least, most = found["min_new_tokens"], found["max_new_tokens"]
+    if most is not None and least > most:
+        raise ValueError(f"min_new_tokens must not exceed max_new_tokens, got {shown(least)} > {shown(most)}")
+    if found["beam_width"] is not None and found["n"] > found["beam_width"]:
+        raise ValueError(f"n must not exceed beam_width, got {found['n']} > {found['beam_width']}")
+    if found["temperature"] < GREEDY_BELOW or found["top_k"] == 1:
+        found["temperature"], found["top_k"] = 0.0, 1
+    used = [kind for kind in GRAMMARS if found[kind]]
+    if len(used) > 1:
+        raise ValueError(f"at most one of {', '.join(GRAMMARS)} may be set, got {' and '.join(used)}")
+    resolved = object.__new__(SamplingParams)
+    vars(resolved).update(found, _given=given)
+    return resolved
