@@ -17,15 +17,16 @@ SHARED_PREFIX = 32
 def order(policy: str, waiting: WaitingQueue, kv: KVManager) -> Iterable[Request]:
     """Waiting requests in the order of the policy, without those held back for this round.
 
-    Cache-aware policies hold a request back while its cached prefix is at most 32 tokens and it shares 32
-    leading
-    tokens with one ahead of it: after that one's prefill the shared part is cached.
+    Cache-aware policies hold a request back while it shares 32 leading tokens with one ahead of it and has fewer
+    in the cache: after that one's prefill they are there, with whatever else the two share.
     """
-    if policy == "lpm" and len(waiting) <= LPM_MAX_WAITING:
-        return hold_back(sorted(waiting, key=lambda r: (-kv.match_length(r), r.sequence)), kv)
     if policy == "dfs-weight":
         return hold_back(depth_first(list(waiting), kv), kv)
-    return waiting
+    if (
+        policy == "lpm" and len(waiting) <= LPM_MAX_WAITING
+    ):  # all are looked up whenever the cache has changed
+        return hold_back(sorted(waiting, key=lambda r: (-kv.match_length(r), r.sequence)), kv)
+    return hold_back(waiting, kv) if policy == "lpm" else waiting
 
 
 def hold_back(requests: Iterable[Request], kv: KVManager) -> Iterable[Request]:
@@ -33,7 +34,7 @@ def hold_back(requests: Iterable[Request], kv: KVManager) -> Iterable[Request]:
     ahead: set[tuple[str, bytes]] = set()
     for request in requests:
         # A request that may not reuse more than this gains nothing by waiting.
-        if request.match_limit > SHARED_PREFIX and kv.match_length(request) <= SHARED_PREFIX:
+        if request.match_limit > SHARED_PREFIX and kv.match_length(request) < SHARED_PREFIX:
             prefix = (request.namespace, request.key(SHARED_PREFIX))
             if prefix in ahead:
                 continue
