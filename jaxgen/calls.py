@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import queue
-from collections.abc import AsyncGenerator, Callable, Generator, Sequence
+from collections.abc import AsyncGenerator, Callable, Generator, Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 from jaxgen.outputs import raise_if_failed
@@ -20,13 +22,22 @@ class Call:
     Args:
         single: the result is one dict instead of a list.
         abort: ends the given responses' requests.
+        collections: entered while the requests are under way.
     """
 
-    def __init__(self, *, single: bool, stream: bool, abort: Callable[[Sequence[Response]], None]):
+    def __init__(
+        self,
+        *,
+        single: bool,
+        stream: bool,
+        abort: Callable[[Sequence[Response]], None],
+        collections: AbstractContextManager[None],
+    ):
         self.stream = stream
         self.responses: list[Response] = []
         self._single = single
         self._abort = abort
+        self._collections = collections
         self._unfinished = 0
         self._events: queue.SimpleQueue[Response | BaseException | None] = queue.SimpleQueue()
         self._post: Callable[[Response | BaseException | None], None] = self._events.put
@@ -52,7 +63,7 @@ class Call:
     # ---- caller's side
 
     def start(self, submit: Callable[[], None], responses: list[Response]) -> Call:
-        """Adopts the responses and submits their requests."""
+        """Adopts the responses; whichever way of waiting comes next submits their requests."""
         self.responses = responses
         self._unfinished = len(responses)
         self._submit = submit
@@ -60,53 +71,39 @@ class Call:
 
     def wait(self) -> dict[str, Any] | list[dict[str, Any]]:
         """Blocks until every response has ended; raises ValueError or RequestError if one failed."""
-        try:
+        with self._under_way():
             if self.responses:
-                self._submit()
                 self._raise(self._events.get())
             return self._result()
-        finally:
-            self._close()
 
     def iterate(self) -> Generator[dict[str, Any]]:
         """Yields chunks as they come; closing the generator aborts what still runs."""
         remaining = len(self.responses)
-        try:
-            if remaining:
-                self._submit()
+        with self._under_way():
             while remaining:
                 if taken := self._take(self._events.get()):
                     chunk, last = taken
                     remaining -= last
                     yield chunk
-        finally:
-            self._close()
 
     async def wait_async(self) -> dict[str, Any] | list[dict[str, Any]]:
         """`wait` for the running event loop."""
         events = self._bind()
-        try:
+        with self._under_way():
             if self.responses:
-                self._submit()
                 self._raise(await events.get())
             return self._result()
-        finally:
-            self._close()
 
     async def iterate_async(self) -> AsyncGenerator[dict[str, Any]]:
         """`iterate` for the running event loop."""
         events = self._bind()
         remaining = len(self.responses)
-        try:
-            if remaining:
-                self._submit()
+        with self._under_way():
             while remaining:
                 if taken := self._take(await events.get()):
                     chunk, last = taken
                     remaining -= last
                     yield chunk
-        finally:
-            self._close()
 
     def abort(self) -> None:
         """Ends the requests that still run; nobody is waiting for them any more."""
@@ -114,14 +111,21 @@ class Call:
         if running:
             self._abort(running)
 
-    def _close(self) -> None:
-        """Aborts what still runs and lets go of the responses.
+    @contextlib.contextmanager
+    def _under_way(self) -> Iterator[None]:
+        """Submits the requests; in the end aborts what still runs and lets go of the responses.
 
         They know this call: a cycle would keep all their results until the garbage collector has been
         through everything there is.
         """
-        self.abort()
-        self.responses.clear()
+        with self._collections:
+            try:
+                if self.responses:
+                    self._submit()
+                yield
+            finally:
+                self.abort()
+                self.responses.clear()
 
     def _bind(self) -> asyncio.Queue[Response | BaseException | None]:
         """Delivers events to the running event loop from now on."""

@@ -86,6 +86,7 @@ class Engine:
         self._loop: EngineLoop | None = None
         self._runner: Runner | None = None
         self._restore_thresholds: Callable[[], None] = lambda: None
+        self._collections: contextlib.AbstractContextManager[None] = garbage.RareFullCollections()
         self._closed = False
         self._closing = threading.RLock()
         self._pid = os.getpid()
@@ -110,7 +111,9 @@ class Engine:
         report = self.startup_report
         set_log_level(args.log_level)  # first, so that warnings about the options obey it
         args.validate()
-        self._restore_thresholds = garbage.set_thresholds(args.gc_threshold)
+        if args.gc_threshold is not None:
+            self._restore_thresholds = garbage.set_thresholds(*args.gc_threshold)
+            self._collections = contextlib.nullcontext()
         with report.phase("start backend"):
             cache = cache_directory(args.compilation_cache_dir)
             claim_device_memory(args.mem_fraction_static)
@@ -202,7 +205,7 @@ class Engine:
         else:
             checked = given.normalize(self._context)
             normalized, single, stream = checked.requests, checked.single, checked.stream
-        call = Call(single=single, stream=stream, abort=self._abort_responses)
+        call = Call(single=single, stream=stream, abort=self._abort_responses, collections=self._collections)
         responses = [self._response(call, spec, single) for spec in normalized]
         return call.start(lambda: self._submit(responses), responses)
 

@@ -1,27 +1,50 @@
-"""How often Python's garbage collector runs while an engine lives."""
+"""How often Python's garbage collector runs on an engine's account."""
 
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable
 
 RARE = 1000  # collections of the middle generation before a full one
 
 
-def set_thresholds(given: Sequence[int] | None) -> Callable[[], None]:
-    """Sets the collector's thresholds, or only makes full collections rare; returns what undoes it.
-
-    A full collection visits every token id of every prompt and every log-probability of every result. For a few
-    hundred requests that is some 0.1 s in which no thread launches anything, spent in vain: nothing that a request
-    leaves behind is in a cycle.
-    """
+def set_thresholds(*thresholds: int) -> Callable[[], None]:
+    """`gc.set_threshold`; returns what undoes it, unless somebody has set others since."""
     before = gc.get_threshold()
-    wanted = tuple(given) if given is not None else (*before[:2], max(before[2], RARE))
-    gc.set_threshold(*wanted)
+    gc.set_threshold(*thresholds)
     found = gc.get_threshold()
 
     def restore() -> None:
-        if gc.get_threshold() == found:  # not if somebody has set others since
+        if gc.get_threshold() == found:
             gc.set_threshold(*before)
 
     return restore
+
+
+class RareFullCollections:
+    """A context in which full garbage collections are rare; any number of threads may be in it.
+
+    A full collection visits every token id of every prompt and every log-probability of every result. For a few
+    hundred requests that is some 0.1 s in which no thread launches anything, spent in vain: nothing that a request
+    leaves behind is in a cycle. The thresholds are the whole process's, so outside they are what they were.
+    """
+
+    def __init__(self) -> None:
+        self._inside = 0
+        self._restore: Callable[[], None] = lambda: None
+        # Re-entrant: the collector may close a dropped iterator, and so leave, from whatever line is running.
+        self._lock = threading.RLock()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            self._inside += 1
+            if self._inside == 1:
+                youngest, middle, full = gc.get_threshold()
+                self._restore = set_thresholds(youngest, middle, max(full, RARE))
+
+    def __exit__(self, *exc_info: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if self._inside == 0:
+                self._restore()

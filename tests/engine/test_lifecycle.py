@@ -286,13 +286,28 @@ def thresholds():
     gc.set_threshold(*before)
 
 
-def test_garbage_collection_goes_on_as_before_after_an_engine(thresholds):
-    with start():
-        assert gc.get_threshold()[:2] == thresholds[:2]
-        assert gc.get_threshold()[2] > thresholds[2]
-    assert gc.get_threshold() == thresholds
-    with start(gc_threshold=[5000, 20]):
+def test_full_collections_are_rare_only_while_a_call_is_under_way(thresholds):
+    with start() as engine:
+        assert gc.get_threshold() == thresholds
+        streams = [engine.generate("x", greedy(8), stream=True) for _ in range(2)]
+        for stream in streams:
+            next(stream)
+            assert gc.get_threshold()[:2] == thresholds[:2]
+            assert gc.get_threshold()[2] > thresholds[2]
+        streams[0].close()
+        assert gc.get_threshold() != thresholds
+        list(streams[1])
+        assert gc.get_threshold() == thresholds
+        with pytest.raises(ValueError, match="temperature"):
+            engine.generate("x", {"temperature": -1})
+        assert gc.get_threshold() == thresholds
+
+
+def test_given_thresholds_hold_for_the_life_of_the_engine(thresholds):
+    with start(gc_threshold=[5000, 20]) as engine:
         assert gc.get_threshold() == (5000, 20, thresholds[2])
+        for _ in engine.generate("x", greedy(2), stream=True):
+            assert gc.get_threshold() == (5000, 20, thresholds[2])
     assert gc.get_threshold() == thresholds
 
 
