@@ -22,9 +22,7 @@ def order(policy: str, waiting: WaitingQueue, kv: KVManager) -> Iterable[Request
     """
     if policy == "dfs-weight":
         return hold_back(depth_first(list(waiting), kv), kv)
-    if (
-        policy == "lpm" and len(waiting) <= LPM_MAX_WAITING
-    ):  # all are looked up whenever the cache has changed
+    if policy == "lpm" and len(waiting) <= LPM_MAX_WAITING:  # looked up anew whenever the cache has changed
         return hold_back(sorted(waiting, key=lambda r: (-kv.match_length(r), r.sequence)), kv)
     return hold_back(waiting, kv) if policy == "lpm" else waiting
 
