@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from jaxgen.detokenizer_states import ByteFallbackState, ByteLevelState, TextState, WindowState
@@ -109,15 +109,14 @@ class IncrementalDetokenizer:
         self._length = 0
         self._length_before = 0
 
-    def push(self, ids: Iterable[int]) -> str:
+    def push(self, ids: Sequence[int]) -> str:
         """Add ids; returns the new stable text."""
-        new = []
-        for token in ids:
-            self._before, self._length_before = self._state.snapshot(), self._length
-            text = self._state.push(token)
-            self._length += len(text)
-            new.append(text)
-        stable = "".join(new)
+        if not ids:
+            return ""
+        stable = self._state.extend(ids[:-1]) if len(ids) > 1 else ""
+        self._before, self._length_before = self._state.snapshot(), self._length + len(stable)
+        stable += self._state.push(ids[-1])
+        self._length += len(stable)
         self._parts.append(stable)
         return stable
 

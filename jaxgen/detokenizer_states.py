@@ -16,16 +16,21 @@ MAX_PENDING = 16  # ids after which the generic way stops waiting for a characte
 
 
 class TextState(Protocol):
-    """The part of a detokenizer that advances; `snapshot` / `restore` undo a push."""
+    """The part of a detokenizer that advances; `snapshot` / `restore` undo what came between."""
 
     def push(self, token: int) -> str: ...
+
+    def extend(self, tokens: Sequence[int]) -> str:
+        """As `push` of one after another."""
+        return "".join(map(self.push, tokens))
+
     def pending(self) -> str: ...
     def flush(self) -> str: ...
     def snapshot(self) -> Any: ...
     def restore(self, snapshot: Any) -> None: ...
 
 
-class ByteLevelState:
+class ByteLevelState(TextState):
     def __init__(self, lookup: Callable[[int], Any], prompt_ids: Sequence[int]) -> None:
         self._lookup = lookup
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
@@ -42,6 +47,9 @@ class ByteLevelState:
     def push(self, token: int) -> str:
         piece = self._lookup(token)
         return self._without_prompt(self._utf8.decode(piece)) if piece else ""
+
+    def extend(self, tokens: Sequence[int]) -> str:
+        return self._without_prompt(self._utf8.decode(b"".join(filter(None, map(self._lookup, tokens)))))
 
     def _without_prompt(self, text: str) -> str:
         # Bytes of the prompt that never became a character are the prompt's U+FFFD, not the output's.
@@ -65,7 +73,7 @@ class ByteLevelState:
         self._utf8.setstate(state)
 
 
-class ByteFallbackState:
+class ByteFallbackState(TextState):
     def __init__(self, lookup: Callable[[int], Any], prompt_ids: Sequence[int], strip: bool) -> None:
         self._lookup = lookup
         self._new_run()
@@ -155,7 +163,7 @@ class ByteFallbackState:
         self._utf8.setstate(state)
 
 
-class WindowState:
+class WindowState(TextState):
     def __init__(self, decode_ids: Callable[[Sequence[int]], str], prompt_ids: Sequence[int]) -> None:
         self._decode = decode_ids
         prompt = list(prompt_ids[-2 * WINDOW :])

@@ -174,8 +174,7 @@ class Response:
             return None
         if self._text is None:
             self._text = self._new_text()
-        for token in self.request.output_ids[self._decoded : tokens]:
-            self._text.push(token)
+        self._text.extend(self.request.output_ids[self._decoded : tokens])
         self._decoded = tokens
         return self._text.emittable if reason is None else self._text.finish(reason)
 

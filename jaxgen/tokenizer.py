@@ -94,6 +94,10 @@ class TextStream:
         self._match = self._matcher.push(new, self._detokenizer.pending)
         return self._match
 
+    def extend(self, ids: Sequence[int]) -> None:
+        """As `push` of one id after another, where there are no stops to look for."""
+        self._detokenizer.push(ids)
+
     @property
     def emittable(self) -> str:
         """Text so far that no stop can cut any more; the final text after `finish`.

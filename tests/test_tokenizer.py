@@ -286,8 +286,25 @@ def test_dropping_the_last_token_equals_never_having_seen_it():
             if not output:
                 continue
             detokenizer = IncrementalDetokenizer(decoder, prompt, skip)
-            for token in output:
-                detokenizer.push([token])
+            for part in random_parts(output, rng):
+                detokenizer.push(part)
             detokenizer.drop_last()
             detokenizer.flush()
             assert detokenizer.text == "".join(streamed(decoder, prompt, output[:-1], skip))
+
+
+def random_parts(ids, rng):
+    """The ids in runs of random lengths, some of them empty."""
+    cuts = sorted(rng.randrange(len(ids) + 1) for _ in range(rng.randrange(4)))
+    return [ids[start:stop] for start, stop in zip([0, *cuts], [*cuts, len(ids)])]
+
+
+@pytest.mark.parametrize("make", [byte_level, byte_fallback, metaspace])
+def test_many_ids_at_once_give_what_they_give_one_by_one(make):
+    tokenizer, rng = make(), random.Random(6)
+    decoder = TokenDecoder(tokenizer)
+    for _ in range(1000):
+        prompt, output, skip = random_case(tokenizer, rng)
+        detokenizer = IncrementalDetokenizer(decoder, prompt, skip)
+        pieces = [detokenizer.push(part) for part in random_parts(output, rng)]
+        assert "".join([*pieces, detokenizer.flush()]) == "".join(streamed(decoder, prompt, output, skip))
