@@ -113,7 +113,7 @@ class GenerateReqInput:
         rids, base_rid = self._rids(context, count, n, single)
         namespaces = self._namespaces(count)
         if id_rows is None:
-            id_rows = [array.array("q", row) for row in encode(context.tokenizer, texts or [])]
+            id_rows = [array.array("I", row) for row in encode(context.tokenizer, texts or [])]
         requests = []
         for row in range(count):
             fitted_params, ids, max_new_tokens = _fit(params[row], id_rows[row], context)

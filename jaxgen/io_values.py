@@ -98,20 +98,20 @@ def prompt_id_array(ids: Any, vocab_size: int) -> array.array[int]:
 
 
 def token_id_array(ids: Any, vocab_size: int, name: str = "token_ids_logprob") -> array.array[int]:
-    """Ids as 64-bit ints; raises `ValueError` for entries that are no int or lie outside `[0, vocab_size)`.
+    """Ids as unsigned ints; raises `ValueError` for entries that are no int or lie outside `[0, vocab_size)`.
 
     An array, because a list would hold an object per id, which each copy and each garbage collection visits.
     """
     if not isinstance(ids, list | tuple):
         raise ValueError(f"{name} must be a list of int, got {shown(ids)}")
     try:
-        found = array.array("q", ids)
+        found = array.array("I", ids)
     except (TypeError, OverflowError):
         return _checked_ids(ids, vocab_size, name)
-    values = np.frombuffer(found, np.int64)
+    values = np.frombuffer(found, np.uint32)
     # An array takes all that is an int, and bools, which are 0 or 1.
     has_bools = any(type(ids[i]) is bool for i in np.flatnonzero(values <= 1).tolist())
-    if has_bools or (found and (values.min() < 0 or values.max() >= vocab_size)):
+    if has_bools or (found and values.max() >= vocab_size):
         return _checked_ids(ids, vocab_size, name)
     return found
 
@@ -121,4 +121,4 @@ def _checked_ids(ids: list[Any] | tuple[Any, ...], vocab_size: int, name: str) -
     for token in ids:
         if not 0 <= integer(name, token) < vocab_size:
             raise ValueError(f"{name} has id {shown(token)}, outside the vocabulary [0, {vocab_size})")
-    return array.array("q", ids)
+    return array.array("I", ids)
