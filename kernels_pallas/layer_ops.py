@@ -3,9 +3,11 @@
 Axes: T tokens, D and N the columns and rows of the weight. Weights are [*out, in].
 """
 
+from collections.abc import Callable
+
 import jax
 
-from kernels_pallas import gemv_kernel, glu_kernel, reference
+from kernels_pallas import gemm_config, gemm_kernel, gemv_kernel, glu_kernel, reference
 from kernels_pallas.ops import Implementation, runs_kernel
 
 
@@ -22,9 +24,9 @@ def fused_linear(
 ) -> jax.Array:
     """`residual + act(rms_norm(x) @ weight + bias)`, where each of norm, act, bias and residual may be missing.
 
-    In bfloat16, kernels take a single token and the gated product of many (512 and more, a multiple of 256); XLA's
-    products do the rest. Kernels sum in float32, apply the activation to the sums, and round before the residual
-    and after it.
+    In bfloat16, kernels take a single token, a multiple of 8 up to 256, and the gated product of many (512 and more,
+    a multiple of 256); XLA's products do the rest. Kernels sum in float32, apply the activation to the sums, and
+    round before the residual and after it.
 
     Args:
         x: [T, D].
@@ -54,15 +56,22 @@ def fused_linear(
     if residual is not None and residual.shape != out_shape:
         raise ValueError(f"residual must be {out_shape}, got {residual.shape}")
     parts = weight.reshape(2 if gated else 1, -1, weight.shape[-1])
-    single, many = gemv_kernel.unsupported(x, parts), glu_kernel.unsupported(x, parts, bias)
-    reason = None if single is None or many is None else f"for one token, {single}; for many, {many}"
-    if not runs_kernel(
-        "fused_linear", implementation, reason, report=False
-    ):  # where XLA is as good, none is missed
+    bias_rows = None if bias is None else bias.reshape(parts.shape[:-1])
+    residual_rows = None if residual is None else residual.reshape(x.shape[0], -1)
+    around = norm, bias_rows, residual_rows, epsilon
+    run: Callable[..., jax.Array]
+    if x.shape[0] == 1:
+        reason, run = gemv_kernel.unsupported(x, parts), gemv_kernel.run
+    elif x.shape[0] <= gemm_config.MOST_TOKENS:
+        reason, run = gemm_kernel.unsupported(x, parts, forced=implementation is not None), gemm_kernel.run
+    else:
+        reason, run = glu_kernel.unsupported(x, parts, bias), _run_glu
+    # Where XLA is as good, none is missed.
+    if not runs_kernel("fused_linear", implementation, reason, report=False):
         return reference.fused_linear(x, weight, norm, epsilon, bias, gated, residual)
-    if many is None:
-        y = glu_kernel.run(x if norm is None else reference.rms_norm(x, norm, epsilon), parts)
-        return y if residual is None else residual + y
-    bias = None if bias is None else bias.reshape(parts.shape[:-1])
-    residual = None if residual is None else residual.reshape(1, -1)
-    return gemv_kernel.run(x, parts, norm, bias, residual, epsilon).reshape(out_shape)
+    return run(x, parts, *around).reshape(out_shape)
+
+
+def _run_glu(x, parts, norm, bias, residual, epsilon: float):
+    y = glu_kernel.run(x if norm is None else reference.rms_norm(x, norm, epsilon), parts)
+    return y if residual is None else residual + y

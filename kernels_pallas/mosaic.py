@@ -8,7 +8,7 @@ import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
-from jax._src.lib.mlir.dialects import llvm  # the one dialect here that jax.extend does not export
+from jax._src.lib.mlir.dialects import gpu, llvm  # jax.extend does not export them
 from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.mosaic.gpu.utils import inline_ptx, memref_ptr
@@ -177,6 +177,47 @@ def gather_cluster(mine, theirs, blocks: int, words: int) -> None:
         inline_ptx(wait, has_side_effects=True, convergent=True)
 
     send(mine, theirs)
+
+
+def meet_cluster(barrier, *, interpret: bool) -> None:
+    """Wait for all blocks of the cluster; what they wrote before to their shared memory is seen after.
+
+    Every warpgroup that has not ended comes here. `barrier`, a `ClusterBarrier`, is the interpreter's.
+    """
+    if interpret:
+        plgpu.barrier_arrive(barrier)
+        plgpu.barrier_wait(barrier)
+        return
+
+    @plgpu.inline_mgpu()
+    def meet(_):
+        wait = "barrier.cluster.arrive.release; barrier.cluster.wait.acquire;"
+        inline_ptx(wait, has_side_effects=True, convergent=True)
+
+    meet()
+
+
+_EXCHANGED = (plgpu.TilingTransform((8, 8)),)  # what a warp touches at once lies together
+
+
+def exchange_buffer(shape: tuple[int, ...]) -> plgpu.SMEM:
+    """Shared memory for float32 [..., rows, columns] that the blocks of a cluster read from each other."""
+    return plgpu.SMEM(shape, jnp.float32, transforms=_EXCHANGED)
+
+
+def load_from_block(ref, block: int, shape: tuple[int, int]):
+    """The values of an `exchange_buffer` [rows, columns] as it is in a block of the cluster's last axis."""
+
+    @plgpu.inline_mgpu(
+        arg_types=(plgpu.RefType(_EXCHANGED),),
+        return_type=plgpu.ShapeDtypeStruct(shape, jnp.float32, layout=plgpu.Layout.WGMMA),
+    )
+    def load(_, ref):
+        index = arith.constant(ir.IndexType.get(), block)
+        theirs = mgpu.utils.get_cluster_ref(ref, gpu.Dimension.x, index, generic=False)
+        return mgpu.FragmentedArray.load_tiled(theirs, swizzle=16, layout=mgpu.WGMMA_LAYOUT, optimized=False)
+
+    return load(ref)
 
 
 def zero_rows_outside(values, block: int, head_dim: int, first, stop) -> None:

@@ -35,11 +35,12 @@ CALLS = {
         floats(4, 4096), floats(4), integers(4), floats(4), floats(4), integers(4), integers(4),
     ),
     "fused_linear": (spec(1, 256), spec(64, 256)),
+    "fused_linear of many tokens": (spec(72, 256), spec(64, 256)),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("op", CALLS)
 def test_kernels_lower_with_sharded_operands(op):
-    function = functools.partial(getattr(kernels_pallas, op), implementation="mosaic")
+    function = functools.partial(getattr(kernels_pallas, op.split()[0]), implementation="mosaic")
     lowered = jax.jit(function).trace(*CALLS[op]).lower(lowering_platforms=("cuda",))
     assert "mosaic_gpu" in lowered.as_text()

@@ -1,0 +1,130 @@
+"""A layer's products for tens of tokens: the interpreted kernel, its configurations, lowering, a GPU."""
+
+import jax
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kernels_pallas import fused_linear, gemm_config, gemm_kernel, mosaic
+from kernels_pallas.gemm_config import GemmConfig, Product
+from tests.kernels import oracle
+from tests.kernels.interpreter import no_races
+from tests.kernels.linear_inputs import EPSILON, SHAPES, expected, flags, operands_of, products
+
+
+def interpreted(case, chosen, *, detect_races):
+    """The kernel's result for (tokens, size, out, configuration) and what it should be."""
+    tokens, size, out, config = case
+    x, weight, keywords = operands_of(tokens, size, out, **chosen)
+    parts = 2 if keywords["gated"] else 1
+    arrays = (keywords.get(name) for name in ("norm", "bias", "residual"))
+    norm, bias, residual = (None if array is None else jnp.asarray(array) for array in arrays)
+    bias = None if bias is None else bias.reshape(parts, out)
+    weights = jnp.asarray(weight.reshape(parts, out, size))
+    params = plgpu.InterpretGPUParams(detect_races=detect_races)
+    with no_races():
+        got = gemm_kernel._run(jnp.asarray(x), weights, norm, bias, residual, EPSILON, config, params)
+    return got, expected(x, weight, **keywords)
+
+
+@settings(max_examples=5, deadline=None)
+@given(
+    case=st.sampled_from(
+        [
+            (16, 256, 64, GemmConfig(columns=32, stages=2)),
+            (64, 256, 48, GemmConfig(columns=24, chunk=128, stages=3)),
+            (128, 128, 32, GemmConfig(columns=16, warpgroups=2, stages=2)),
+        ]
+    ),
+    chosen=flags,
+)
+def test_interpreted_kernel_is_the_product_and_has_no_races(case, chosen):
+    got, want = interpreted(case, chosen, detect_races=True)
+    assert oracle.relative_error(got, want) < 1e-2
+
+
+@settings(max_examples=5, deadline=None)
+@given(
+    case=st.sampled_from(
+        [
+            (72, 192, 40, GemmConfig(columns=16, warpgroups=1, stages=2)),  # tiles that overlap
+            (24, 320, 32, GemmConfig(columns=32, splits=2, stages=2)),
+            (128, 256, 32, GemmConfig(columns=16, warpgroups=2, splits=2, stages=2)),
+            (128, 192, 32, GemmConfig(columns=16, column_peers=2, token_peers=2, stages=2)),
+        ]
+    ),
+    chosen=flags.map(lambda chosen: chosen | {"norm": False}),
+)
+def test_blocks_that_meet_or_overlap_give_the_product(case, chosen):
+    """They look like a race to the interpreter."""
+    got, want = interpreted(case, chosen, detect_races=False)
+    assert oracle.relative_error(got, want) < 1e-2
+
+
+@pytest.mark.parametrize("tokens", [16, 64, 256])
+@pytest.mark.parametrize("name", SHAPES)
+def test_default_configuration_lowers_for_hopper(name, tokens):
+    for size, out, chosen in products(name):
+        gated = chosen.get("gated", False)
+
+        def spec(*shape):
+            return jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+
+        weight = spec(2, out, size) if gated else spec(out, size)
+        shapes = {"norm": spec(size), "bias": spec(*weight.shape[:-1]), "residual": spec(tokens, out)}
+        arrays = {operand: shape for operand, shape in shapes.items() if chosen.get(operand, True)}
+
+        def run(x, weight, arrays, gated=gated):
+            return fused_linear(x, weight, **arrays, gated=gated, epsilon=EPSILON, implementation="mosaic")
+
+        lowered = jax.jit(run).trace(spec(tokens, size), weight, arrays).lower(lowering_platforms=("cuda",))
+        assert "mosaic_gpu" in lowered.as_text()
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    tokens=st.integers(1, 32).map(lambda n: 8 * n),
+    parts=st.sampled_from((1, 2)),
+    rows=st.integers(1, 2000).map(lambda n: 8 * n),
+    size=st.integers(1, 240).map(lambda n: 64 * n),
+)
+def test_every_product_has_a_configuration_that_covers_it(tokens, parts, rows, size):
+    product = Product(tokens, parts, rows, size)
+    assert gemm_config.unsupported(product) is None
+    config = gemm_config.choose(product)
+    assert config.columns <= rows and config.columns % (8 * config.splits) == 0
+    assert parts * config.columns <= gemm_config.MAX_COLUMNS
+    assert size % config.chunk == 0 and size // config.chunk >= config.splits
+    assert config.stages >= 2
+    assert config in gemm_config.candidates(tokens, parts, rows, size)
+
+
+def test_operands_the_kernel_cannot_take_are_named():
+    def run(tokens, size, out, dtype=jnp.bfloat16):
+        x, weight = jnp.ones((tokens, size), dtype), jnp.ones((out, size), jnp.bfloat16)
+        return fused_linear(x, weight, implementation="mosaic")
+
+    for case, message in (
+        ((2, 128, 64), "2 tokens"),
+        ((68, 128, 64), "68 tokens"),
+        ((16, 96, 64), "of 96"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run(*case)
+    with pytest.raises(ValueError, match="not bfloat16"):
+        run(16, 128, 64, jnp.float32)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(mosaic.device_without_kernels() is not None, reason="needs a Hopper GPU")
+@pytest.mark.parametrize("tokens", [16, 64, 72, 256])
+@pytest.mark.parametrize("name", ["Qwen2.5-0.5B", "Llama-3.2-1B"])
+def test_kernel_on_the_gpu_is_the_product(name, tokens):
+    for size, out, chosen in products(name):
+        x, weight, keywords = operands_of(tokens, size, out, **chosen)
+        device = {k: jnp.asarray(v) if isinstance(v, np.ndarray) else v for k, v in keywords.items()}
+        got = fused_linear(jnp.asarray(x), jnp.asarray(weight), **device, implementation="mosaic")
+        assert oracle.relative_error(got, expected(x, weight, **keywords)) < 1e-2
