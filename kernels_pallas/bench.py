@@ -10,7 +10,7 @@ import argparse
 import functools
 import itertools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import jax
@@ -19,6 +19,7 @@ import numpy as np
 
 from kernels_pallas import log_probabilities, ragged_prefill, sample
 from kernels_pallas.bench_decode import bench_decode
+from kernels_pallas.bench_linear import bench_linear
 from kernels_pallas.timing import L2_BYTES, figure, matrix_rate, read_bandwidth, seconds_per_call
 
 
@@ -178,11 +179,12 @@ def bench_logprobs(repeats: int, rates: dict) -> list[dict]:
     return rows
 
 
-BENCHES: dict[str, Callable[[int, dict], list[dict]]] = {
+BENCHES: dict[str, Callable[[int, dict], Iterable[dict]]] = {
     "decode": bench_decode,
     "prefill": bench_prefill,
     "sample": bench_sample,
     "logprobs": bench_logprobs,
+    "linear": bench_linear,
 }
 
 

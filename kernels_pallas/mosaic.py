@@ -201,23 +201,20 @@ _EXCHANGED = (plgpu.TilingTransform((8, 8)),)  # what a warp touches at once lie
 
 
 def exchange_buffer(shape: tuple[int, ...]) -> plgpu.SMEM:
-    """Shared memory for float32 [..., rows, columns] that the blocks of a cluster read from each other."""
+    """Shared memory for float32 [..., rows, columns] that the blocks of a cluster write to each other."""
     return plgpu.SMEM(shape, jnp.float32, transforms=_EXCHANGED)
 
 
-def load_from_block(ref, block: int, shape: tuple[int, int]):
-    """The values of an `exchange_buffer` [rows, columns] as it is in a block of the cluster's last axis."""
+def store_to_block(ref, block: int, values) -> None:
+    """Store values [rows, columns] to an `exchange_buffer` as it is in a block of the cluster's last axis."""
 
-    @plgpu.inline_mgpu(
-        arg_types=(plgpu.RefType(_EXCHANGED),),
-        return_type=plgpu.ShapeDtypeStruct(shape, jnp.float32, layout=plgpu.Layout.WGMMA),
-    )
-    def load(_, ref):
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(_EXCHANGED), plgpu.Layout.WGMMA))
+    def send(_, ref, values):
         index = arith.constant(ir.IndexType.get(), block)
         theirs = mgpu.utils.get_cluster_ref(ref, gpu.Dimension.x, index, generic=False)
-        return mgpu.FragmentedArray.load_tiled(theirs, swizzle=16, layout=mgpu.WGMMA_LAYOUT, optimized=False)
+        values.store_tiled(theirs, swizzle=16, optimized=False)
 
-    return load(ref)
+    send(ref, values)
 
 
 def zero_rows_outside(values, block: int, head_dim: int, first, stop) -> None:

@@ -20,7 +20,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kernels_pallas import bench, bench_decode, paged_decode_update, ragged_prefill, sample, tuning
+from kernels_pallas import (
+    bench,
+    bench_decode,
+    bench_linear,
+    paged_decode_update,
+    ragged_prefill,
+    sample,
+    tuning,
+)
 
 MARGIN = 0.02  # a candidate must gain this share: less is noise
 TOLERANCE = 2e-2  # of bfloat16 results
@@ -87,7 +95,16 @@ def sample_tasks(args: argparse.Namespace) -> Iterator[Task]:
             yield Task("sample", f"{lanes} x {vocab_size}", seconds, result)
 
 
-TASKS = {"decode": decode_tasks, "prefill": prefill_tasks, "sample": sample_tasks}
+def linear_tasks(args: argparse.Namespace) -> Iterator[Task]:
+    for case in bench_linear.LAYERS:
+        for lanes in (lanes for lanes in args.lanes if lanes > 1):
+            for name in case.shapes():
+                seconds = functools.partial(bench_linear.time_product, case, name, lanes)
+                result = functools.partial(bench_linear.product_result, case, name, lanes)
+                yield Task("fused_linear", f"{case.name} {name}, {lanes} tokens", seconds, result)
+
+
+TASKS = {"decode": decode_tasks, "prefill": prefill_tasks, "sample": sample_tasks, "linear": linear_tasks}
 
 
 def _fresh(function: Callable) -> Callable:
