@@ -10,27 +10,49 @@ from jax import lax
 
 from kernels_pallas import mosaic, tuning
 
-BUFFER_BYTES = 200 << 10  # of shared memory for keys and values
+BUFFER_BYTES = 200 << 10  # of shared memory for keys and values, and for what splits send each other
+MULTIPROCESSORS = 132
+CLUSTER = 8  # the largest that every GPU with clusters runs
 
 
 @dataclass(frozen=True)
 class DecodeConfig:
-    """Tuning of one shape: KV tokens per trip, trips in flight, shares a lane's KV is cut into at most."""
+    """Tuning of one shape: KV tokens per trip, trips in flight, shares a lane's KV is cut into at most.
+
+    Up to eight shares can be `clustered`: merged in shared memory instead of global memory.
+    """
 
     block_kv: int
     stages: int
     num_splits: int
+    clustered: bool = False
 
 
-def default_config(num_lanes: int, num_kv_heads: int, head_dim: int, capacity: int) -> DecodeConfig:
-    """Two blocks of threads per multiprocessor for any shape, if need be by splitting lanes.
+def default_config(
+    num_lanes: int, num_kv_heads: int, group: int, head_dim: int, capacity: int
+) -> DecodeConfig:
+    """The configuration for a shape that has not been tuned.
 
     `capacity` is the KV tokens a row of the page table can hold.
     """
-    slots, pairs = 2 * 132, max(num_lanes * num_kv_heads, 1)
-    block_kv = 128 if head_dim == 64 and pairs >= slots else 64
-    num_splits = min(slots // pairs, max(16, slots // 2 // pairs), -(-capacity // block_kv))
-    return DecodeConfig(block_kv, 2, max(1, num_splits))
+    block_kv, pairs, slots = 64, max(num_lanes * num_kv_heads, 1), 2 * MULTIPROCESSORS
+    few = DecodeConfig(block_kv, 2, CLUSTER, clustered=True)
+    if pairs * CLUSTER <= MULTIPROCESSORS and 1 < capacity / block_kv <= 16 * CLUSTER:
+        if buffer_bytes(few, group, head_dim) <= BUFFER_BYTES:
+            return few
+    # Heads of 64 dims leave room for so much in flight that a block of threads a multiprocessor is enough.
+    if head_dim == 64 and 0.8 * MULTIPROCESSORS < pairs <= MULTIPROCESSORS:
+        return DecodeConfig(block_kv, 6, 1)
+    # Two blocks of threads per multiprocessor, if need be by splitting lanes.
+    num_splits = max(1, min(slots // pairs, max(16, slots // 2 // pairs), -(-capacity // block_kv)))
+    return DecodeConfig(block_kv, 3 if head_dim == 128 and num_splits == 1 else 2, num_splits)
+
+
+def buffer_bytes(config: DecodeConfig, group: int, head_dim: int, kv_bits: int = 16) -> int:
+    """Shared memory that the ring of keys and values and the mailbox of a cluster take."""
+    partial = 4 * (head_dim + 64) * (8 if group <= 8 else 16)
+    mailbox = (config.num_splits - 1) * partial if config.clustered else 0
+    return 2 * config.stages * config.block_kv * head_dim * kv_bits // 8 + mailbox
 
 
 def choose_config(group: int, k_pages: jax.Array, page_table: jax.Array, deterministic: bool) -> DecodeConfig:
@@ -47,7 +69,7 @@ def choose_config(group: int, k_pages: jax.Array, page_table: jax.Array, determi
         "page_size": page_size,
         "kv_bits": 8 * k_pages.dtype.itemsize,
     }
-    default = default_config(num_lanes, num_kv_heads, head_dim, max_pages * page_size)
+    default = default_config(num_lanes, num_kv_heads, group, head_dim, max_pages * page_size)
     return tuning.config_for("paged_decode", shape, default, candidates)
 
 
@@ -57,19 +79,20 @@ def candidates(
     """Configurations worth measuring for a shape: those whose blocks of tokens fit in shared memory."""
     pairs = num_lanes * num_kv_heads
     for block_kv, stages in itertools.product((64, 128), (2, 3, 4, 6)):
-        if 2 * stages * block_kv * head_dim * kv_bits // 8 > BUFFER_BYTES:
-            continue
-        for blocks_of_threads in (132, 264, 528):
-            yield DecodeConfig(block_kv, stages, max(1, blocks_of_threads // pairs))
+        configs = [DecodeConfig(block_kv, stages, max(1, n // pairs)) for n in (132, 264, 528)]
+        if pairs * CLUSTER <= MULTIPROCESSORS:
+            configs.append(DecodeConfig(block_kv, stages, CLUSTER, clustered=True))
+        yield from (x for x in configs if buffer_bytes(x, group, head_dim, kv_bits) <= BUFFER_BYTES)
 
 
-def blocks_per_split(num_blocks, num_splits: int):
-    """KV blocks each split takes of a lane that has `num_blocks`: few splits for short lanes.
+def active_splits(num_blocks, num_splits: int):
+    """Splits, at least one, that share a lane of `num_blocks` KV blocks: few for short lanes.
 
     A further split costs its part of the merge, which pays only where it takes several trips off the others.
     """
-    fewer = lax.min(mosaic.ceil_div(num_blocks, 16), jnp.int32(4))
-    return lax.max(mosaic.ceil_div(num_blocks, num_splits), fewer)
+    fewest = lax.min(mosaic.ceil_div(num_blocks, 16), jnp.int32(4))
+    share = lax.max(lax.max(mosaic.ceil_div(num_blocks, num_splits), fewest), jnp.int32(1))
+    return lax.max(lax.div(num_blocks + share - 1, share), jnp.int32(1))
 
 
 def unsupported(q: jax.Array, k_pages: jax.Array, v_pages: jax.Array) -> str | None:

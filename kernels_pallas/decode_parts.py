@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from kernels_pallas import mosaic
+from kernels_pallas import cluster_merge, mosaic
 from kernels_pallas.mosaic import LOG2E, MASKED
 
 # A few heads over four warps, [8 r, 32 c]: two rows a warp, so that sums over a head stay inside a warp.
@@ -13,7 +13,7 @@ HEADS = plgpu.Layout.TILED(
     plgpu.Tiling(((8, 32), (2, 32), (2,))), warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1
 )
 SCORES = plgpu.Layout.WGMMA.reduce(0)  # one value a query head, as the columns of a wgmma
-VALUES = plgpu.Layout.WGMMA.reduce(1)  # one value a head dim, as the rows of a wgmma
+PARTIAL = plgpu.Layout.WGMMA, SCORES, SCORES  # of a partial result: acc [H, G'], maximum and denominator [G']
 EIGHT_BIT_MAXIMUM = 448.0  # of float8_e4m3fn; larger values saturate
 
 
@@ -101,15 +101,6 @@ def stage_queries(x_smem, q_smem) -> None:
     plgpu.commit_smem()
 
 
-def new_scores(x_smem, s_smem, group: int, padded: int, bounded):
-    """Scores [G'] of all query rows against the key in row G of x_smem."""
-    x = _load(x_smem, HEADS)
-    key = _load(x_smem.at[group], HEADS.reduce(0))
-    mosaic.store(s_smem, (x * _across(key, x, 1)).sum(axis=1))
-    plgpu.commit_smem()
-    return bounded(_load(s_smem.at[pl.ds(0, padded)], SCORES))
-
-
 def sink_logits(sinks, head, group: int, padded: int):
     """The logits [G'] of a kv head's group in the log2 domain, from sinks [N]; by scalars: N is not padded."""
     column = plgpu.broadcasted_iota(jnp.int32, (padded,), 0, layout=SCORES)
@@ -119,62 +110,71 @@ def sink_logits(sinks, head, group: int, padded: int):
     return logits
 
 
-def seed(shape: tuple[int, int, int], scores, value, sink, counts):
+def seed(shape: tuple[int, int, int], sink, counts):
     """State of the online softmax before any page: acc [H, G'], maximum [G'], denominator [block, G'].
 
-    It has seen the new token (scores [G'], value [H] in shared memory) and the sink logits [G'], where they
-    are given and the scalar `counts` is true.
+    It has seen the sink logits [G'], where they are given and the scalar `counts` is true.
     """
     block, head_dim, padded = shape
     layout = plgpu.Layout.WGMMA
     acc = plgpu.layout_cast(jnp.zeros((head_dim, padded), jnp.float32), layout)
     maximum = plgpu.layout_cast(jnp.full((padded,), MASKED, jnp.float32), SCORES)
     denominator = plgpu.layout_cast(jnp.zeros((block, padded), jnp.float32), layout)
-    present = [logits for logits in (scores, sink) if logits is not None]
-    if not present:
+    if sink is None:
         return acc, maximum, denominator
     one = jnp.where(counts, jnp.float32(1.0), jnp.float32(0.0))
-    offset = jnp.where(counts, jnp.float32(0.0), jnp.float32(MASKED))
-    for logits in present:
-        maximum = jnp.maximum(maximum, logits + offset)
-    weights = [jnp.exp2(logits + offset - maximum) * one for logits in present]
-    if scores is not None:
-        acc = acc + _across(_load(value, VALUES), acc, 0) * _across(weights[0], acc, 1)
+    logits = sink + jnp.where(counts, jnp.float32(0.0), jnp.float32(MASKED))
+    maximum = jnp.maximum(maximum, logits)
+    weight = jnp.exp2(logits - maximum) * one
     # A denominator is kept as `block` summands.
-    return acc, maximum, denominator + _across(sum(weights) * (1.0 / block), denominator, 1)
+    return acc, maximum, denominator + _across(weight * (1.0 / block), denominator, 1)
 
 
-def merge(accs, maxima, denominators, count, at_once: int):
-    """The first `count` partial results [splits, H, G'], [splits, G'] twice: (acc, denominator) of all.
+def _fold(state, partials, counts):
+    """Merge partial results (acc [H, G'], maximum [G'], denominator [G']) into another; `counts` weighs each."""
+    acc, maximum, denominator = state
+    new_maximum = maximum
+    for _, theirs, _ in partials:
+        new_maximum = jnp.maximum(new_maximum, theirs)
+    decay = jnp.exp2(maximum - new_maximum)
+    acc, denominator = acc * _across(decay, acc, 1), denominator * decay
+    for (their_acc, their_maximum, their_denominator), count in zip(partials, counts, strict=True):
+        weight = jnp.exp2(their_maximum - new_maximum) * count
+        acc = acc + their_acc * _across(weight, acc, 1)
+        denominator = denominator + their_denominator * weight
+    return acc, new_maximum, denominator
+
+
+def merge_stored(stored, count, at_once: int):
+    """The first `count` partial results in global memory [splits, H, G'], [splits, G'] twice: merged into one.
 
     `at_once` are loaded together: each takes registers, and saves waiting.
     """
-    _, head_dim, padded = accs.shape
+    _, head_dim, padded = stored[0].shape
     last = count - 1
 
     def step(i, state):
-        acc, maximum, denominator = state
-        # All loads before their first use.
         index = [i * at_once + j for j in range(at_once)]
-        place = [lax.min(j, last) for j in index]
-        their_maximum = [_load(maxima.at[j], SCORES) for j in place]
-        their_denominator = [_load(denominators.at[j], SCORES) for j in place]
-        their_acc = [_load(accs.at[j], plgpu.Layout.WGMMA) for j in place]
-        new_maximum = maximum
-        for theirs in their_maximum:
-            new_maximum = jnp.maximum(new_maximum, theirs)
-        decay = jnp.exp2(maximum - new_maximum)
-        acc, denominator = acc * _across(decay, acc, 1), denominator * decay
-        for j in range(at_once):
-            counts = jnp.where(index[j] <= last, jnp.float32(1.0), jnp.float32(0.0))
-            weight = jnp.exp2(their_maximum[j] - new_maximum) * counts
-            acc = acc + their_acc[j] * _across(weight, acc, 1)
-            denominator = denominator + their_denominator[j] * weight
-        return acc, new_maximum, denominator
+        places = [lax.min(j, last) for j in index]
+        # All loads before their first use.
+        columns = [
+            [_load(ref.at[j], layout) for j in places] for ref, layout in zip(stored, PARTIAL, strict=True)
+        ]
+        counts = [jnp.where(j <= last, jnp.float32(1.0), jnp.float32(0.0)) for j in index]
+        return _fold(state, list(zip(*columns, strict=True)), counts)
 
     acc = plgpu.layout_cast(jnp.zeros((head_dim, padded), jnp.float32), plgpu.Layout.WGMMA)
     maximum = plgpu.layout_cast(jnp.full((padded,), MASKED, jnp.float32), SCORES)
     denominator = plgpu.layout_cast(jnp.zeros((padded,), jnp.float32), SCORES)
     trips = mosaic.ceil_div(count, at_once)
-    acc, _, denominator = lax.fori_loop(0, trips, step, (acc, maximum, denominator))
-    return acc, denominator
+    return lax.fori_loop(0, trips, step, (acc, maximum, denominator))
+
+
+def merge_received(own, mailbox, count):
+    """A partial result merged with the `count` that other blocks of the cluster sent to the mailbox."""
+    shapes = [x.shape for x in own]
+
+    def step(i, state):
+        return _fold(state, [cluster_merge.receive(mailbox.at[i], shapes, PARTIAL)], [1.0])
+
+    return lax.fori_loop(0, count, step, own)

@@ -17,7 +17,7 @@ from kernels_pallas import (
     paged_decode_update,
     ragged_prefill,
 )
-from kernels_pallas.decode_config import DecodeConfig
+from kernels_pallas.decode_config import DecodeConfig, default_config
 from tests.kernels import oracle
 from tests.kernels.interpreter import no_races
 from tests.kernels.update_inputs import Update, random_update
@@ -303,6 +303,23 @@ def test_kernel_on_the_gpu_is_softmax_attention(heads, head_dim, page_size, scal
         return
     got = paged_decode(q, *pages, kv.page_table, kv.lengths, **options)
     assert oracle.relative_error(got, want) < 1e-2
+
+
+@gpu
+@hopper
+@pytest.mark.parametrize(("heads", "head_dim"), [((32, 8), 128), ((16, 8), 256)])
+def test_lane_alone_on_the_gpu_is_merged_in_a_cluster(heads, head_dim):
+    update = jax.jit(functools.partial(paged_decode_update, implementation="mosaic"))
+    for length in (1, 64, 65, 300, 1500):  # one, two, some and all splits have work
+        case = random_update([length], *heads, head_dim, 64, dtype=BFLOAT16)
+        table = np.pad(case.kv.page_table, ((0, 0), (0, 32 - case.kv.page_table.shape[1])))
+        assert default_config(1, heads[1], heads[0] // heads[1], head_dim, 32 * 64).clustered
+        pages = [np.resize(x, (40, *x.shape[1:])) for x in (case.kv.k_pages, case.kv.v_pages)]
+        o, *got = update(case.qkv, *pages, table, case.kv.lengths, case.cos, case.sin)
+        q, kv = case.expected()
+        assert oracle.relative_error(np.asarray(o), oracle.decode(q, kv)) < 1e-2
+        for page, expected in zip(got, (kv.k_pages, kv.v_pages), strict=True):
+            assert_same_pages(np.asarray(page[: len(expected)], np.float32), expected)
 
 
 @gpu
