@@ -32,7 +32,7 @@ def generate(engine) -> list[list[int]]:
 @pytest.fixture(scope="module")
 def plain():
     with engine_of("unquant") as engine:
-        yield input_logprobs(engine), engine._runner.weight_bytes
+        yield input_logprobs(engine), engine._runner.steps.weight_bytes
 
 
 @pytest.fixture(scope="module", params=sorted(SCHEMES))
@@ -64,7 +64,7 @@ def test_the_matrices_take_one_byte_a_weight(plain, quantized):
     assert len(small) == 4 * runner.model_config.num_layers
     assert all(array.dtype == SCHEMES[name].dtype for array in small)
     held = sum(array.nbytes for array in runner.weights)
-    assert runner.weight_bytes == held
+    assert runner.steps.weight_bytes == held
     channels = sum(array.size // array.shape[-1] for array in small)
     assert plain[1] - held == 3 * sum(array.size for array in small) - 4 * channels
 
