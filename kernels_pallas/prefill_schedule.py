@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 SLAB = 8
 FIELDS = 7  # integers of a tile
+MAX_PARTS = 1000  # numbers of parts of the work
 
 
 def max_tiles(num_tokens: int, num_rows: int, group: int, tile_slabs: int) -> int:
@@ -71,7 +72,8 @@ def tiles(
         begin = jnp.maximum(offset + slab // group * SLAB - (window - 1), 0) // block
     trips = jnp.where(tile < ends[-1], -(-stop // block) - begin, 0)
     fields = jnp.stack([row, cu_seqlens[row], counts[row], lengths[row], slab, begin, trips], axis=1)
-    order = jnp.argsort(_parts(jnp.where(counts > 0, lengths, 0), cache_tokens)[row] * 2**20 - trips)
+    part = jnp.where(trips > 0, _parts(jnp.where(counts > 0, lengths, 0), cache_tokens)[row], MAX_PARTS)
+    order = jnp.argsort(part * 2**20 - trips)
     if limits is not None:
         limits = limits[order]
     return fields[order].reshape(-1), ends[-1:].astype(jnp.int32), limits
@@ -83,4 +85,4 @@ def _parts(lengths: jax.Array, cache_tokens: int) -> jax.Array:
     longer = lengths[None, :] > lengths[:, None]
     earlier = longer | ((lengths[None, :] == lengths[:, None]) & (index[None, :] < index[:, None]))
     before = jnp.where(earlier, lengths[None, :], 0).sum(axis=1)
-    return jnp.minimum(before // cache_tokens, 1000)
+    return jnp.minimum(before // cache_tokens, MAX_PARTS - 1)
