@@ -137,11 +137,11 @@ def _decode(
             def complete(slot, start):
                 """Give tiles at an end of what the lane sees the new token, and no garbage as values."""
                 position = length - 1
-                tokens = new if eight_bit else x_smem
                 if update:
                     for ring, row in ((keys, group), (values, group + 1)):
                         tile = ring.slots.at[slot]
-                        tile_rows.insert(tile, tokens.at[row], position - start, interpret=interpreted)
+                        token = new.at[row, 0] if eight_bit else x_smem.at[row]
+                        tile_rows.insert(tile, token, position - start, interpret=interpreted)
                 seen = share.first - start, length - start
                 tile_rows.zero_outside(values.slots.at[slot], *seen, interpret=interpreted)
                 plgpu.commit_smem()
@@ -152,7 +152,8 @@ def _decode(
                         page = ref["table"][lane, lax.div(position, jnp.int32(page_size))]
                         place = pl.ds(lax.rem(position, jnp.int32(page_size)), 1)
                         for name, row in (("k", group), ("v", group + 1)):
-                            plgpu.copy_smem_to_gmem(tokens.at[pl.ds(row, 1)], ref[name].at[page, head, place])
+                            token = new.at[row, pl.ds(0, 1)] if eight_bit else x_smem.at[pl.ds(row, 1)]
+                            plgpu.copy_smem_to_gmem(token, ref[name].at[page, head, place])
 
             def bounded(scores):
                 """Scores in the log2 domain."""
@@ -284,7 +285,8 @@ def _decode(
     if eight_bit:
         scratch["wide"] = mosaic.operand_buffer((block, head_dim), work)
         if update:
-            scratch["new"] = plgpu.SMEM((staged, head_dim), k_pages.dtype)
+            apart = max(1, 128 // head_dim)  # the copy engine takes rows from multiples of 128 bytes
+            scratch["new"] = plgpu.SMEM((staged, apart, head_dim), k_pages.dtype)
     grid = {"lane": num_lanes, "split": splits, "head": num_kv_heads}  # heads of a page lie side by side
     cluster = {}
     if clustered:

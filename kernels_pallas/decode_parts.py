@@ -59,7 +59,7 @@ def rotate(x_smem, arrived, ref, lane, group: int, epsilon: float) -> None:
 def quantise(x_smem, new, ref, group: int) -> None:
     """Divide key and value, rows G and G + 1 of x_smem, by their scales and round them to the dtype of `new`.
 
-    They go to the same rows of `new`, and rounded back to x_smem.
+    They go to the same rows of `new` [rows, any, H], and rounded back to x_smem.
     """
     x = _load(x_smem, HEADS)
     row = plgpu.broadcasted_iota(jnp.int32, x.shape, 0, layout=HEADS)
@@ -68,7 +68,7 @@ def quantise(x_smem, new, ref, group: int) -> None:
         k_inverse, v_inverse = 1.0 / ref["k_scale"][0], 1.0 / ref["v_scale"][0]
         divided = jnp.where(row == group, x * k_inverse, x * v_inverse)
     rounded = jnp.minimum(jnp.maximum(divided, -EIGHT_BIT_MAXIMUM), EIGHT_BIT_MAXIMUM).astype(new.dtype)
-    mosaic.store(new, rounded)
+    mosaic.store(new.at[:, 0], rounded)
     mosaic.store(x_smem, jnp.where(row < group, x, rounded.astype(jnp.float32)).astype(x_smem.dtype))
     plgpu.commit_smem()
 

@@ -28,10 +28,8 @@ def default_config(head_dim: int) -> PrefillConfig:
     return PrefillConfig(64, 2, 1, turns=False) if head_dim > 128 else PrefillConfig(128, 2)
 
 
-def unsupported(
-    q: jax.Array, k_pages: jax.Array, v_pages: jax.Array, sinks: jax.Array | None = None
-) -> str | None:
-    """Why the kernel cannot take these operands, or has not been shown to on a GPU; None if it can."""
+def unsupported(q: jax.Array, k_pages: jax.Array, v_pages: jax.Array) -> str | None:
+    """Why the kernel cannot take these operands; None if it can."""
     _, num_kv_heads, page_size, head_dim = k_pages.shape
     group = q.shape[1] // num_kv_heads
     if q.dtype not in (jnp.bfloat16, jnp.float16):
@@ -42,8 +40,6 @@ def unsupported(
         return f"head_dim {head_dim} is not 64, 128 or 256"
     if k_pages.dtype == FP8 and head_dim != 128:
         return f"head_dim {head_dim} of {FP8} pages is not 128"
-    if sinks is not None:
-        return "attention sinks have not been run on a GPU"
     return mosaic.unsupported_paging(page_size, group)
 
 

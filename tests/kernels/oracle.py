@@ -55,7 +55,8 @@ def attend(
     n, num_heads, head_dim = q.shape
     num_kv_heads, length, _ = keys.shape
     q = q.astype(np.float64).reshape(n, num_kv_heads, num_heads // num_kv_heads, head_dim)
-    scores = np.einsum("qkgh,ksh->qkgs", q, keys) * (head_dim**-0.5 if sm_scale is None else sm_scale)
+    scores = q.transpose(1, 2, 0, 3) @ keys[:, None].swapaxes(2, 3)  # [K, G, n, length]
+    scores *= head_dim**-0.5 if sm_scale is None else sm_scale
     if softcap is not None:
         scores = softcap * np.tanh(scores / softcap)
     position = first_position + np.arange(n)[:, None]
@@ -64,13 +65,14 @@ def attend(
         visible |= np.arange(length)[None] < span_ends[:, None]
     if window is not None:
         visible &= np.arange(length)[None] > position - window
-    scores = np.where(visible[:, None, None], scores, -np.inf)
+    scores = np.where(visible, scores, -np.inf)
     if sinks is not None:
-        sink = sinks.astype(np.float64).reshape(1, num_kv_heads, -1, 1)
+        sink = sinks.astype(np.float64).reshape(num_kv_heads, -1, 1, 1)
         scores = np.concatenate([scores, np.broadcast_to(sink, (*scores.shape[:3], 1))], axis=-1)
     weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
     weights /= weights.sum(axis=-1, keepdims=True)
-    return np.einsum("qkgs,ksh->qkgh", weights[..., :length], values).reshape(n, num_heads, head_dim)
+    out = weights[..., :length] @ values[:, None]  # [K, G, n, H]
+    return out.transpose(2, 0, 1, 3).reshape(n, num_heads, head_dim)
 
 
 def decode(q, kv: Paged, **options):

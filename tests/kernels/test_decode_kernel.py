@@ -115,6 +115,7 @@ def test_interpreted_kernel_stores_the_token_and_attends_without_races(
     ("heads", "head_dim", "page_size", "config", "window", "scales"),
     [
         ((2, 1), 128, 16, DecodeConfig(64, 2, 1), None, None),
+        ((6, 2), 64, 16, DecodeConfig(64, 2, 1), None, (0.5, 4.0)),
         ((4, 2), 128, 64, DecodeConfig(64, 2, 3), 180, (0.25, 2.0)),
     ],
 )
@@ -271,6 +272,7 @@ FEATURES = {"window": 500, "softcap": 20.0, "with_sinks": True}
         ((9, 3), 64, 8, None, {"window": 3}),
         ((32, 8), 128, 64, (0.5, 2.0), FEATURES),
         ((14, 2), 64, 16, (0.5, 2.0), {}),
+        ((8, 4), 256, 32, (0.5, 2.0), {}),
     ],
 )
 def test_kernel_on_the_gpu_is_softmax_attention(heads, head_dim, page_size, scales, options):
@@ -285,6 +287,7 @@ def test_kernel_on_the_gpu_is_softmax_attention(heads, head_dim, page_size, scal
     want = oracle.decode(q, kv, sinks=sinks, **options)
     norms = {} if case.norms is None else {"q_norm": case.norms[0], "k_norm": case.norms[1]}
     options |= {"sinks": sinks, "k_scale": scales and scales[0], "v_scale": scales and scales[1]}
+    options["implementation"] = "mosaic"
     o, *pages = paged_decode_update(
         case.qkv,
         *pages,
@@ -324,16 +327,29 @@ def test_lane_alone_on_the_gpu_is_merged_in_a_cluster(heads, head_dim):
 
 @gpu
 @hopper
-def test_deterministic_lane_on_the_gpu_has_the_same_bits_alone_and_in_a_batch():
-    case = random_update(GPU_LENGTHS * 40, 32, 8, 128, 64, dtype=BFLOAT16)
-    update = jax.jit(functools.partial(paged_decode_update, deterministic=True, implementation="mosaic"))
+@pytest.mark.parametrize(
+    ("heads", "head_dim", "page_dtype", "options"),
+    [((32, 8), 128, BFLOAT16, {}), ((14, 2), 64, BFLOAT16, {"window": 700}), ((32, 8), 128, FLOAT8, {})],
+)
+def test_deterministic_lane_on_the_gpu_has_the_same_bits_alone_and_in_any_batch(
+    heads, head_dim, page_dtype, options
+):
+    case = random_update(GPU_LENGTHS * 20, *heads, head_dim, 64, dtype=BFLOAT16, page_dtype=page_dtype)
+    options = options | {"deterministic": True, "implementation": "mosaic"}
+    pages = [jnp.asarray(x) for x in (case.kv.k_pages, case.kv.v_pages)]
 
-    def attend(lanes):
-        table, lengths = case.kv.page_table[lanes], case.kv.lengths[lanes]
-        rope = case.cos[lanes], case.sin[lanes]
-        return np.asarray(update(case.qkv[lanes], case.kv.k_pages, case.kv.v_pages, table, lengths, *rope)[0])
+    @jax.jit
+    def attend(pages, qkv, table, lengths, cos, sin):
+        o, *stored = paged_decode_update(qkv, *pages, table, lengths, cos, sin, **options)
+        return o, paged_decode(qkv[:, :, 0], *stored, table, lengths, **options)
 
-    together = attend(slice(None))
-    np.testing.assert_array_equal(attend(slice(None)), together)
-    for lane in (0, 1, 5, 100, len(together) - 1):
-        np.testing.assert_array_equal(attend(slice(lane, lane + 1))[0], together[lane])
+    def run(lanes):
+        arrays = (case.qkv, case.kv.page_table, case.kv.lengths, case.cos, case.sin)
+        return [np.asarray(x, np.float32) for x in attend(pages, *(x[lanes] for x in arrays))]
+
+    everything = np.arange(len(case.qkv))
+    together = run(everything)
+    mixed = np.random.default_rng(0).permutation(everything)
+    for lanes in (everything, mixed, *everything[:6, None]):
+        for got, want in zip(run(lanes), together, strict=True):
+            np.testing.assert_array_equal(got, want[lanes])

@@ -1,5 +1,7 @@
 """The ragged prefill kernel: lowered for Hopper, interpreted with race detection on CPUs, run on a GPU."""
 
+import functools
+
 import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
@@ -90,42 +92,52 @@ def test_options_lower_for_hopper(head_dim):
 
 
 @pytest.mark.parametrize(
-    ("head_dim", "dtype", "sinks", "reason"),
-    [
-        (96, jnp.bfloat16, None, "head_dim 96"),
-        (64, jnp.float8_e4m3fn, None, "head_dim 64 of float8_e4m3fn"),
-        (128, jnp.bfloat16, jnp.zeros(4), "sinks"),
-    ],
+    ("head_dim", "dtype", "reason"),
+    [(96, jnp.bfloat16, "head_dim 96"), (64, jnp.float8_e4m3fn, "head_dim 64 of float8_e4m3fn")],
 )
-def test_what_no_gpu_has_shown_is_refused(head_dim, dtype, sinks, reason):
+def test_what_the_kernel_cannot_take_is_refused(head_dim, dtype, reason):
     pages = jnp.zeros((2, 2, 16, head_dim), dtype)
     q = jnp.zeros((3, 4, head_dim), jnp.bfloat16)
     table, ends, lengths = (jnp.asarray(x, jnp.int32) for x in ([[0]], [0, 3], [3]))
     with pytest.raises(ValueError, match=reason):
-        ragged_prefill(q, pages, pages, table, ends, lengths, sinks=sinks, implementation="mosaic")
+        ragged_prefill(q, pages, pages, table, ends, lengths, implementation="mosaic")
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(mosaic.device_without_kernels() is not None, reason="needs a Hopper GPU")
+gpu = pytest.mark.gpu
+hopper = pytest.mark.skipif(mosaic.device_without_kernels() is not None, reason="needs a Hopper GPU")
+ROWS = [(1, 0), (0, 0), (700, 0), (130, 900), (1, 500), (64, 64), (5, 63)]  # new tokens, cached ones
+MIXED = [(1, 700 + 37 * i) for i in range(24)] + [(512, 0), (1, 0), (300, 1000)]
+VERIFIED = [(4 + i % 5, 61 * i) for i in range(32)]  # a few speculative tokens a row
+PROMPTS = [(512, 0)] * 16
+
+
+@gpu
+@hopper
 @pytest.mark.parametrize(
-    ("heads", "head_dim", "page_size", "options"),
+    ("heads", "head_dim", "page_size", "rows", "options"),
     [
-        ((32, 8), 128, 64, {}),
-        ((14, 2), 64, 16, {"window": 300, "softcap": 20.0}),
-        ((32, 8), 128, 64, {"scales": (0.5, 2.0)}),
-        ((32, 8), 128, 64, {"with_spans": True}),
-        ((8, 4), 256, 64, {}),
-        ((9, 3), 64, 8, {"with_sinks": True}),
+        ((9, 3), 64, 8, ROWS, {"with_sinks": True}),
+        ((32, 8), 128, 64, ROWS, {"with_sinks": True, "window": 128}),
+        ((8, 4), 256, 64, ROWS, {"with_sinks": True}),
+        ((32, 8), 128, 64, MIXED, {}),
+        ((32, 8), 128, 64, VERIFIED, {}),
+        ((32, 8), 128, 16, PROMPTS, {}),
+        ((14, 2), 64, 16, ROWS, {"window": 300, "softcap": 20.0}),
+        ((16, 1), 64, 32, VERIFIED, {"with_sinks": True}),
+        ((32, 8), 128, 64, ROWS, {"scales": (0.5, 2.0)}),
+        ((32, 8), 128, 64, ROWS, {"with_spans": True}),
+        ((8, 4), 256, 64, ROWS, {}),
+        ((14, 2), 64, 16, ROWS, {"scales": (0.5, 2.0)}),
+        ((8, 4), 256, 16, ROWS, {"scales": (0.5, 2.0)}),
     ],
 )
-def test_kernel_on_the_gpu_is_causal_attention(heads, head_dim, page_size, options):
+def test_kernel_on_the_gpu_is_causal_attention(heads, head_dim, page_size, rows, options):
     options = dict(options)
-    rows = [(1, 0), (0, 0), (700, 0), (130, 900), (1, 500), (64, 64), (5, 63)]
     scales = options.pop("scales", None)
     dtype = ml_dtypes.bfloat16 if scales is None else ml_dtypes.float8_e4m3fn
     q, kv, cu_seqlens = inputs(rows, *heads, head_dim, page_size, padding=100, dtype=dtype)
     if options.pop("with_sinks", False):
-        options["sinks"] = np.linspace(-1, 2, heads[0]).astype(np.float32)
+        options["sinks"] = np.linspace(-1, 6, heads[0]).astype(np.float32)
     if options.pop("with_spans", False):
         options["span_ends"] = np.random.default_rng(1).integers(0, 1200, len(q)).astype(np.int32)
     k_scale, v_scale = scales or (None, None)
@@ -135,3 +147,26 @@ def test_kernel_on_the_gpu_is_causal_attention(heads, head_dim, page_size, optio
     want = oracle.prefill(q, oracle.scaled(kv, scales), cu_seqlens, **options)
     assert oracle.relative_error(got, want) < 1e-2
     assert (np.asarray(got[cu_seqlens[-1] :], np.float32) == 0).all()
+
+
+@gpu
+@hopper
+@pytest.mark.parametrize(("heads", "head_dim", "window"), [((32, 8), 128, None), ((14, 2), 64, 100)])
+def test_row_on_the_gpu_has_the_same_bits_alone_and_in_any_batch(heads, head_dim, window):
+    q, kv, cu_seqlens = inputs(ROWS, *heads, head_dim, 64)
+
+    pages = [jnp.asarray(x) for x in (kv.k_pages, kv.v_pages)]
+    attend = jax.jit(functools.partial(kernel, window=window))
+
+    def run(rows):
+        """Output per row of a step of these rows, packed anew."""
+        counts = [ROWS[row][0] for row in rows]
+        ends = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
+        packed = np.concatenate([q[cu_seqlens[row] : cu_seqlens[row + 1]] for row in rows])
+        out = np.asarray(attend(packed, *pages, kv.page_table[rows], ends, kv.lengths[rows]), np.float32)
+        return np.split(out, ends[1:-1])
+
+    together = run(list(range(len(ROWS))))
+    for rows in ([6, 3, 5, 2, 0, 4], [4, 3], [3], [6]):
+        for row, got in zip(rows, run(rows), strict=True):
+            np.testing.assert_array_equal(got, together[row])
