@@ -121,11 +121,14 @@ def paged_decode(
     if page_table.shape[0] != q.shape[0]:
         raise ValueError(f"page_table has {page_table.shape[0]} rows for {q.shape[0]} lanes")
     reason = decode_config.unsupported(q, k_pages, v_pages)
+    as_rows = reason is not None and prefill_kernel.unsupported(q, k_pages, v_pages) is None
     page_table, lengths = _in_own_buffers(k_pages, page_table, lengths)
     operands = (q, k_pages, v_pages, page_table, lengths)
     options: dict[str, Any] = {"sm_scale": sm_scale, "window": window, "softcap": softcap, "sinks": sinks}
     options |= {"k_scale": k_scale, "v_scale": v_scale}
-    if runs_kernel("paged_decode", implementation, reason):
+    if runs_kernel("paged_decode", implementation, None if as_rows else reason):
+        if as_rows:  # their bits do not depend on one another
+            return prefill_kernel.paged_decode(*operands, **options)
         return decode_kernel.paged_decode(*operands, **options, deterministic=deterministic)
     return reference.paged_decode(*operands, **options)
 

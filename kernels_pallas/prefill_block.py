@@ -48,6 +48,7 @@ class Problem:
     softcap: float | None
     config: PrefillConfig
     columns: int  # of one copy of query rows
+    sends_rows: bool  # the copy engine takes single rows of the tiles of queries
     interpret: bool
 
     @property
@@ -94,6 +95,7 @@ class Refs:
     out: Any  # [T, K, G, H]
     q_smem: Any  # [QUERY_SLOTS, warpgroups, 64, H]: queries, then their output
     q_pieces: Any  # the same memory as swizzle tiles
+    rows: Any  # [warpgroups, 64, any, H]: output to send row by row, where `q_pieces` cannot be
     k_smem: Any  # [stages, block, H]
     v_smem: Any
     landing: Any  # [2, block, H]: keys and values of 8 bits

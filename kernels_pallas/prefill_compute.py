@@ -173,12 +173,26 @@ def _store(block: Block, n, item: Item, slab, out) -> None:
         for s in range(WG_SLABS):
             send(s, block.locate(slab + s)[0], SLAB)
 
+    def send_row(s, token):
+        if block.problem.sends_rows:
+            send(s, token, 1)
+            return
+        first, member = block.locate(slab + s)
+        row = pl.ds(s * SLAB + token - first, 1)
+        target = refs.out.at[pl.ds(item.first + token, 1), item.head, member]
+        plgpu.copy_smem_to_gmem(refs.rows.at[block.thread, row, 0], target)
+
     @pl.when(jnp.logical_not(complete))
     def _some():
+        if not block.problem.sends_rows:
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            mosaic.store(refs.rows.at[block.thread, :, 0], out)
+            plgpu.commit_smem()
+
         @pl.loop(0, WG_SLABS)
         def _slab(s):
             token = block.locate(slab + s)[0]
-            pl.loop(token, lax.min(item.count, token + SLAB))(lambda j: send(s, j, 1))
+            pl.loop(token, lax.min(item.count, token + SLAB))(lambda j: send_row(s, j))
 
 
 def _clear_padding(block: Block) -> None:

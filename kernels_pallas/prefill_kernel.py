@@ -7,6 +7,8 @@ each and take turns, one multiplying while the other does its softmax. Blocks of
 warpgroup sees skip the mask.
 """
 
+import math
+
 import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
@@ -20,7 +22,9 @@ from kernels_pallas.prefill_compute import attend_all
 from kernels_pallas.prefill_memory import fetch_all
 from kernels_pallas.prefill_schedule import SLAB
 
+COPY_ALIGNMENT = 128  # bytes: where in shared memory the copy engine reads
 L2_BYTES = 24 << 20  # of keys and values that stay in the cache while tiles share them
+DECODE_CONFIG = PrefillConfig(64, 2, 1, turns=False, blocks=2 * 132)  # two a multiprocessor
 
 
 def default_config(head_dim: int) -> PrefillConfig:
@@ -36,8 +40,8 @@ def unsupported(q: jax.Array, k_pages: jax.Array, v_pages: jax.Array) -> str | N
         return f"q is {q.dtype}, not bfloat16 or float16"
     if k_pages.dtype != v_pages.dtype or k_pages.dtype not in (q.dtype, FP8):
         return f"pages {k_pages.dtype} and {v_pages.dtype} are not both {q.dtype} or both {FP8}"
-    if head_dim not in (64, 128, 256):  # rows of a narrower swizzle cannot be stored one by one
-        return f"head_dim {head_dim} is not 64, 128 or 256"
+    if head_dim not in (64, 96, 128, 256):
+        return f"head_dim {head_dim} is not 64, 96, 128 or 256"
     if k_pages.dtype == FP8 and head_dim != 128:
         return f"head_dim {head_dim} of {FP8} pages is not 128"
     return mosaic.unsupported_paging(page_size, group)
@@ -70,6 +74,15 @@ def ragged_prefill(
     return _prefill(*operands, scale, window, softcap, config, None)
 
 
+def paged_decode(q, k_pages, v_pages, page_table, lengths, **options):
+    """`kernels_pallas.paged_decode` as rows of one token: for the head dims that `decode_kernel` cannot take."""
+    ends = jnp.arange(q.shape[0] + 1, dtype=jnp.int32)
+    # A row has a key: lanes of length 0 look at one that may hold anything.
+    operands = (q, k_pages, v_pages, page_table, ends, jnp.maximum(lengths, 1))
+    o = ragged_prefill(*operands, **options, config=DECODE_CONFIG)
+    return jnp.where(lengths[:, None, None] > 0, o, 0)
+
+
 @lower_once("scale", "window", "softcap", "config", "interpret")
 def _prefill(
     q,
@@ -95,6 +108,8 @@ def _prefill(
     num_tiles = prefill_schedule.max_tiles(num_tokens, lengths.shape[0], group, tile_slabs)
     query_buffer = mosaic.operand_buffer((QUERY_SLOTS, groups, ROWS, head_dim), q.dtype)
     columns, query_pieces = mosaic.tiles_of(query_buffer)
+    sends_rows = columns * q.dtype.itemsize % COPY_ALIGNMENT == 0
+    rows_apart = COPY_ALIGNMENT // math.gcd(head_dim * q.dtype.itemsize, COPY_ALIGNMENT)
     problem = Problem(
         num_tokens=num_tokens,
         num_kv_heads=num_kv_heads,
@@ -109,6 +124,7 @@ def _prefill(
         softcap=softcap,
         config=config,
         columns=columns if interpret is None else head_dim,
+        sends_rows=sends_rows,
         interpret=interpret is not None,
     )
     tiles, total, limits = prefill_schedule.tiles(
@@ -150,6 +166,7 @@ def _prefill(
         thread_name="thread",
         scratch_types=[
             plgpu.RefUnion(query_buffer, query_pieces),
+            None if sends_rows else plgpu.SMEM((groups, ROWS, rows_apart, head_dim), q.dtype),
             mosaic.operand_buffer((stages, block, head_dim), q.dtype),
             mosaic.operand_buffer((stages, block, head_dim), q.dtype),
             mosaic.operand_buffer((2, block, head_dim), FP8) if problem.fp8 else None,

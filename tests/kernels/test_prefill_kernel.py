@@ -9,7 +9,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from kernels_pallas import mosaic, prefill_kernel, ragged_prefill
+from kernels_pallas import mosaic, paged_decode, prefill_kernel, ragged_prefill
 from kernels_pallas.prefill_kernel import PrefillConfig
 from tests.kernels import oracle
 from tests.kernels.interpreter import no_races
@@ -35,13 +35,15 @@ def inputs(rows, num_heads, num_kv_heads, head_dim, page_size, padding=3, dtype=
         ([(30, 100), (1, 129)], (4, 2), 128, PrefillConfig(64, 2, 1, False, blocks=2), {"with_sinks": True}),
         ([(20, 50), (30, 0)], (3, 1), 32, PrefillConfig(64, 2, 3, False, blocks=1), {"with_spans": True}),
         ([(20, 110)], (4, 1), 16, PrefillConfig(64, 2, 2, blocks=1), {"scales": (0.5, 2.0)}),
+        ([(19, 70), (1, 9)], (2, 2), 32, PrefillConfig(64, 2, 2, blocks=1), {"head_dim": 96}),
     ],
 )
 def test_interpreted_kernel_is_causal_attention_without_races(rows, heads, page_size, config, options):
     options = dict(options)
     scales = options.pop("scales", None)
     dtype = ml_dtypes.bfloat16 if scales is None else ml_dtypes.float8_e4m3fn
-    q, kv, cu_seqlens = inputs(rows, *heads, 64, page_size, dtype=dtype)
+    head_dim = options.pop("head_dim", 64)
+    q, kv, cu_seqlens = inputs(rows, *heads, head_dim, page_size, dtype=dtype)
     sinks = np.linspace(-1, 2, heads[0]).astype(np.float32) if options.pop("with_sinks", False) else None
     spans = np.random.default_rng(1).integers(0, 100, len(q)).astype(np.int32)
     spans = spans if options.pop("with_spans", False) else None
@@ -51,7 +53,7 @@ def test_interpreted_kernel_is_causal_attention_without_races(rows, heads, page_
         got = prefill_kernel._prefill(
             *operands,
             packed,
-            64**-0.5,
+            head_dim**-0.5,
             options.get("window"),
             options.get("softcap"),
             config,
@@ -60,6 +62,19 @@ def test_interpreted_kernel_is_causal_attention_without_races(rows, heads, page_
     want = oracle.prefill(q, oracle.scaled(kv, scales), cu_seqlens, sinks=sinks, span_ends=spans, **options)
     assert oracle.relative_error(got, want) < 1e-2
     assert (np.asarray(got[cu_seqlens[-1] :], np.float32) == 0).all()
+
+
+def test_decode_of_a_head_dim_of_96_is_rows_of_one_token(monkeypatch):
+    lengths, options = [70, 0, 1], {"window": 30, "softcap": 5.0, "sinks": np.float32([1, -1, 0.5])}
+    q, kv, _ = inputs([(1, 0)] * 3, 3, 1, 96, 16, padding=0)
+    kv = oracle.paged(np.random.default_rng(1), lengths, 1, 96, 16, dtype=ml_dtypes.bfloat16)
+    kernel = functools.partial(prefill_kernel._prefill, interpret=plgpu.InterpretGPUParams(detect_races=True))
+    monkeypatch.setattr(prefill_kernel, "_prefill", lambda *args: kernel(*args[:-1]))
+    monkeypatch.setattr(prefill_kernel, "DECODE_CONFIG", PrefillConfig(64, 2, 1, turns=False, blocks=2))
+    operands = (q, kv.k_pages, kv.v_pages, kv.page_table, kv.lengths)
+    with no_races():
+        got = paged_decode(*operands, **options, implementation="mosaic")
+    assert oracle.relative_error(got, oracle.decode(q, kv, **options)) < 1e-2
 
 
 def lower(heads, head_dim, page_size, dtype=jnp.bfloat16, **options):
@@ -77,7 +92,7 @@ def kernel(*operands, **options):
     return prefill_kernel.ragged_prefill(*operands, **(defaults | options))
 
 
-@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
 @pytest.mark.parametrize(("heads", "page_size"), [((32, 8), 8), ((14, 2), 16), ((16, 1), 128)])
 def test_default_configuration_lowers_for_hopper(head_dim, heads, page_size):
     assert "mosaic_gpu" in lower(heads, head_dim, page_size, window=100)
@@ -93,7 +108,7 @@ def test_options_lower_for_hopper(head_dim):
 
 @pytest.mark.parametrize(
     ("head_dim", "dtype", "reason"),
-    [(96, jnp.bfloat16, "head_dim 96"), (64, jnp.float8_e4m3fn, "head_dim 64 of float8_e4m3fn")],
+    [(80, jnp.bfloat16, "head_dim 80"), (64, jnp.float8_e4m3fn, "head_dim 64 of float8_e4m3fn")],
 )
 def test_what_the_kernel_cannot_take_is_refused(head_dim, dtype, reason):
     pages = jnp.zeros((2, 2, 16, head_dim), dtype)
@@ -117,6 +132,8 @@ PROMPTS = [(512, 0)] * 16
     ("heads", "head_dim", "page_size", "rows", "options"),
     [
         ((9, 3), 64, 8, ROWS, {"with_sinks": True}),
+        ((32, 32), 96, 64, ROWS, {}),
+        ((6, 2), 96, 16, VERIFIED, {"window": 100, "with_sinks": True}),
         ((32, 8), 128, 64, ROWS, {"with_sinks": True, "window": 128}),
         ((8, 4), 256, 64, ROWS, {"with_sinks": True}),
         ((32, 8), 128, 64, MIXED, {}),
@@ -170,3 +187,14 @@ def test_row_on_the_gpu_has_the_same_bits_alone_and_in_any_batch(heads, head_dim
     for rows in ([6, 3, 5, 2, 0, 4], [4, 3], [3], [6]):
         for row, got in zip(rows, run(rows), strict=True):
             np.testing.assert_array_equal(got, together[row])
+
+
+@gpu
+@hopper
+@pytest.mark.parametrize(("heads", "page_size"), [((32, 32), 64), ((9, 3), 16)])
+def test_decode_on_the_gpu_of_a_head_dim_of_96(heads, page_size):
+    lengths = [1, 0, 64, 1000, 129, 2500]
+    kv = oracle.paged(np.random.default_rng(0), lengths, heads[1], 96, page_size, dtype=ml_dtypes.bfloat16)
+    q = inputs([(1, 0)] * len(lengths), *heads, 96, page_size, padding=0)[0]
+    got = paged_decode(q, kv.k_pages, kv.v_pages, kv.page_table, kv.lengths, implementation="mosaic")
+    assert oracle.relative_error(got, oracle.decode(q, kv)) < 1e-2
