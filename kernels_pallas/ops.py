@@ -16,6 +16,7 @@ from kernels_pallas import (
     decode_kernel,
     logprob_kernel,
     mosaic,
+    prefill_config,
     prefill_kernel,
     reference,
     sample_kernel,
@@ -121,7 +122,7 @@ def paged_decode(
     if page_table.shape[0] != q.shape[0]:
         raise ValueError(f"page_table has {page_table.shape[0]} rows for {q.shape[0]} lanes")
     reason = decode_config.unsupported(q, k_pages, v_pages)
-    as_rows = reason is not None and prefill_kernel.unsupported(q, k_pages, v_pages) is None
+    as_rows = reason is not None and prefill_config.unsupported(q, k_pages, v_pages) is None
     page_table, lengths = _in_own_buffers(k_pages, page_table, lengths)
     operands = (q, k_pages, v_pages, page_table, lengths)
     options: dict[str, Any] = {"sm_scale": sm_scale, "window": window, "softcap": softcap, "sinks": sinks}
@@ -272,7 +273,7 @@ def ragged_prefill(
             f"span_ends must be [T] = {q.shape[:1]} int32, got {span_ends.shape} {span_ends.dtype}"
         )
     check_scales(k_scale, v_scale)
-    reason = prefill_kernel.unsupported(q, k_pages, v_pages)
+    reason = prefill_config.unsupported(q, k_pages, v_pages)
     kernel = runs_kernel("ragged_prefill", implementation, reason)
     page_table, lengths = _in_own_buffers(k_pages, page_table, lengths)
     attend = prefill_kernel.ragged_prefill if kernel else reference.ragged_prefill

@@ -10,25 +10,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from kernels_pallas.mosaic import ROWS
+from kernels_pallas.prefill_config import QUERY_SLOTS, PrefillConfig
 from kernels_pallas.prefill_schedule import FIELDS, SLAB
 
 WG_SLABS = ROWS // SLAB
-QUERY_SLOTS = 2  # tiles whose queries are in shared memory: one in work, one fetched
-FP8 = jnp.dtype(jnp.float8_e4m3fn)
-
-
-@dataclass(frozen=True)
-class PrefillConfig:
-    """Tuning of one shape: KV tokens per trip, trips in flight, compute warpgroups (1 to 3).
-
-    Two warpgroups can take turns at the tensor cores; `blocks` persistent blocks of threads run.
-    """
-
-    block_kv: int
-    stages: int
-    warpgroups: int = 2
-    turns: bool = True
-    blocks: int = 132
 
 
 @dataclass(frozen=True)

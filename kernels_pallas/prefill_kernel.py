@@ -7,44 +7,21 @@ each and take turns, one multiplying while the other does its softmax. Blocks of
 warpgroup sees skip the mask.
 """
 
-import math
-
 import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from kernels_pallas import mosaic, prefill_schedule
+from kernels_pallas import mosaic, prefill_config, prefill_schedule
 from kernels_pallas.lowering import lower_once
 from kernels_pallas.mosaic import LOG2E, ROWS
-from kernels_pallas.prefill_block import FP8, QUERY_SLOTS, WG_SLABS, Block, PrefillConfig, Problem, Refs
+from kernels_pallas.prefill_block import WG_SLABS, Block, Problem, Refs
 from kernels_pallas.prefill_compute import attend_all
+from kernels_pallas.prefill_config import FP8, QUERY_SLOTS
 from kernels_pallas.prefill_memory import fetch_all
 from kernels_pallas.prefill_schedule import SLAB
 
-COPY_ALIGNMENT = 128  # bytes: where in shared memory the copy engine reads
 L2_BYTES = 24 << 20  # of keys and values that stay in the cache while tiles share them
-DECODE_CONFIG = PrefillConfig(64, 2, 1, turns=False, blocks=2 * 132)  # two a multiprocessor
-
-
-def default_config(head_dim: int) -> PrefillConfig:
-    """The choice that fits the shared memory and the registers of each head dim."""
-    return PrefillConfig(64, 2, 1, turns=False) if head_dim > 128 else PrefillConfig(128, 2)
-
-
-def unsupported(q: jax.Array, k_pages: jax.Array, v_pages: jax.Array) -> str | None:
-    """Why the kernel cannot take these operands; None if it can."""
-    _, num_kv_heads, page_size, head_dim = k_pages.shape
-    group = q.shape[1] // num_kv_heads
-    if q.dtype not in (jnp.bfloat16, jnp.float16):
-        return f"q is {q.dtype}, not bfloat16 or float16"
-    if k_pages.dtype != v_pages.dtype or k_pages.dtype not in (q.dtype, FP8):
-        return f"pages {k_pages.dtype} and {v_pages.dtype} are not both {q.dtype} or both {FP8}"
-    if head_dim not in (64, 96, 128, 256):
-        return f"head_dim {head_dim} is not 64, 96, 128 or 256"
-    if k_pages.dtype == FP8 and head_dim != 128:
-        return f"head_dim {head_dim} of {FP8} pages is not 128"
-    return mosaic.unsupported_paging(page_size, group)
 
 
 def ragged_prefill(
@@ -66,7 +43,7 @@ def ragged_prefill(
 ):
     """`kernels_pallas.ragged_prefill` by the kernel; operands that `unsupported` accepts."""
     scale = float(q.shape[2] ** -0.5 if sm_scale is None else sm_scale)
-    config = config or default_config(q.shape[2])
+    config = config or prefill_config.choose_config(q, k_pages)
     scales = None
     if k_scale is not None or v_scale is not None:
         scales = jnp.stack([jnp.asarray(1.0 if x is None else x, jnp.float32) for x in (k_scale, v_scale)])
@@ -79,7 +56,7 @@ def paged_decode(q, k_pages, v_pages, page_table, lengths, **options):
     ends = jnp.arange(q.shape[0] + 1, dtype=jnp.int32)
     # A row has a key: lanes of length 0 look at one that may hold anything.
     operands = (q, k_pages, v_pages, page_table, ends, jnp.maximum(lengths, 1))
-    o = ragged_prefill(*operands, **options, config=DECODE_CONFIG)
+    o = ragged_prefill(*operands, **options, config=prefill_config.DECODE_CONFIG)
     return jnp.where(lengths[:, None, None] > 0, o, 0)
 
 
@@ -108,8 +85,7 @@ def _prefill(
     num_tiles = prefill_schedule.max_tiles(num_tokens, lengths.shape[0], group, tile_slabs)
     query_buffer = mosaic.operand_buffer((QUERY_SLOTS, groups, ROWS, head_dim), q.dtype)
     columns, query_pieces = mosaic.tiles_of(query_buffer)
-    sends_rows = columns * q.dtype.itemsize % COPY_ALIGNMENT == 0
-    rows_apart = COPY_ALIGNMENT // math.gcd(head_dim * q.dtype.itemsize, COPY_ALIGNMENT)
+    rows_apart = prefill_config.rows_apart(head_dim)
     problem = Problem(
         num_tokens=num_tokens,
         num_kv_heads=num_kv_heads,
@@ -124,7 +100,7 @@ def _prefill(
         softcap=softcap,
         config=config,
         columns=columns if interpret is None else head_dim,
-        sends_rows=sends_rows,
+        sends_rows=rows_apart == 1,
         interpret=interpret is not None,
     )
     tiles, total, limits = prefill_schedule.tiles(
@@ -166,7 +142,7 @@ def _prefill(
         thread_name="thread",
         scratch_types=[
             plgpu.RefUnion(query_buffer, query_pieces),
-            None if sends_rows else plgpu.SMEM((groups, ROWS, rows_apart, head_dim), q.dtype),
+            None if problem.sends_rows else plgpu.SMEM((groups, ROWS, rows_apart, head_dim), q.dtype),
             mosaic.operand_buffer((stages, block, head_dim), q.dtype),
             mosaic.operand_buffer((stages, block, head_dim), q.dtype),
             mosaic.operand_buffer((2, block, head_dim), FP8) if problem.fp8 else None,

@@ -6,7 +6,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from kernels_pallas import mosaic
-from kernels_pallas.prefill_block import QUERY_SLOTS, WG_SLABS, Block, Item, query_slot
+from kernels_pallas.prefill_block import WG_SLABS, Block, Item, query_slot
+from kernels_pallas.prefill_config import QUERY_SLOTS
 from kernels_pallas.prefill_schedule import SLAB
 
 

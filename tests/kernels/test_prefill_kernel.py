@@ -9,8 +9,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from kernels_pallas import mosaic, paged_decode, prefill_kernel, ragged_prefill
-from kernels_pallas.prefill_kernel import PrefillConfig
+from kernels_pallas import mosaic, paged_decode, prefill_config, prefill_kernel, ragged_prefill
+from kernels_pallas.prefill_config import PrefillConfig
 from tests.kernels import oracle
 from tests.kernels.interpreter import no_races
 
@@ -70,7 +70,7 @@ def test_decode_of_a_head_dim_of_96_is_rows_of_one_token(monkeypatch):
     kv = oracle.paged(np.random.default_rng(1), lengths, 1, 96, 16, dtype=ml_dtypes.bfloat16)
     kernel = functools.partial(prefill_kernel._prefill, interpret=plgpu.InterpretGPUParams(detect_races=True))
     monkeypatch.setattr(prefill_kernel, "_prefill", lambda *args: kernel(*args[:-1]))
-    monkeypatch.setattr(prefill_kernel, "DECODE_CONFIG", PrefillConfig(64, 2, 1, turns=False, blocks=2))
+    monkeypatch.setattr(prefill_config, "DECODE_CONFIG", PrefillConfig(64, 2, 1, turns=False, blocks=2))
     operands = (q, kv.k_pages, kv.v_pages, kv.page_table, kv.lengths)
     with no_races():
         got = paged_decode(*operands, **options, implementation="mosaic")
@@ -96,6 +96,14 @@ def kernel(*operands, **options):
 @pytest.mark.parametrize(("heads", "page_size"), [((32, 8), 8), ((14, 2), 16), ((16, 1), 128)])
 def test_default_configuration_lowers_for_hopper(head_dim, heads, page_size):
     assert "mosaic_gpu" in lower(heads, head_dim, page_size, window=100)
+
+
+def test_candidates_of_the_tuner_lower_for_hopper():
+    """Their shared memory fits, that is; those of the widest heads that two warpgroups take."""
+    shape = {"num_tokens": 100, "num_kv_heads": 2, "group": 4, "head_dim": 128, "page_size": 16}
+    for kv_bits, dtype in ((16, jnp.bfloat16), (8, jnp.float8_e4m3fn)):
+        for config in prefill_config.candidates(**shape, kv_bits=kv_bits):
+            assert "mosaic_gpu" in lower((8, 2), 128, 16, dtype, config=config)
 
 
 @pytest.mark.parametrize("head_dim", [64, 128, 256])

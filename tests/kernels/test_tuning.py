@@ -1,6 +1,7 @@
 """Tuning tables: what a kernel gets, what a damaged table says, and what the tuner writes."""
 
 import argparse
+import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from kernels_pallas import decode_kernel, paged_decode, tune, tuning
+from kernels_pallas import decode_kernel, paged_decode, prefill_kernel, ragged_prefill, tune, tuning
 from kernels_pallas.tuning import TuningTableError, config_for, read_ops, read_table, table_path, trying
 
 SHAPE = {"num_lanes": 64, "head_dim": 128}
@@ -214,6 +215,33 @@ def test_decode_asks_with_its_shape_and_runs_what_the_table_says(table, monkeypa
     table({"ops": {"paged_decode": [entry({"num_splits": default.num_splits + 3}, trial.shape)]}})
     assert run().num_splits == default.num_splits + 3
     assert run(deterministic=True) == fixed
+
+
+def test_prefill_asks_with_its_shape_and_runs_what_the_table_says(table, monkeypatch):
+    q, pages = jnp.zeros((24, 8, 64), jnp.bfloat16), jnp.zeros((5, 4, 16, 64), jnp.bfloat16)
+    operands = (
+        q,
+        pages,
+        pages,
+        jnp.zeros((2, 4), jnp.int32),
+        jnp.zeros(3, jnp.int32),
+        jnp.zeros(2, jnp.int32),
+    )
+
+    def run():
+        used = []
+        monkeypatch.setattr(prefill_kernel, "_prefill", lambda *a: used.append(a[-2]) or q)
+        ragged_prefill(*operands, implementation="mosaic")
+        return used[0]
+
+    with trying("ragged_prefill") as trial:
+        default = run()
+    assert trial.shape == {
+        "num_tokens": 24, "num_kv_heads": 4, "group": 2, "head_dim": 64, "page_size": 16, "kv_bits": 16,
+    }  # fmt: skip
+    assert len(set(trial.candidates) - {default}) > 3
+    table({"ops": {"ragged_prefill": [entry({"stages": 3, "turns": False}, trial.shape)]}})
+    assert run() == dataclasses.replace(default, stages=3, turns=False)
 
 
 def test_heads_are_read_from_the_command_line():
