@@ -8,7 +8,6 @@ the blocks exchange a few scalars.
 A block is a single warpgroup: Mosaic's reductions of whole arrays go through one scratch buffer per block.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,7 +26,8 @@ NO_TOKEN = 2**24  # token ids below it are exact in float32, in which parts repo
 CHUNK = 1024  # tokens in registers at once
 TURNS = 4  # buffers of exchanged scalars
 PARTS = 8  # the largest portable cluster
-MAX_VOCAB = PARTS * 32 * CHUNK  # a block waits for up to 32 chunks
+MAX_SHARE = 32  # chunks that a block waits for
+MAX_VOCAB = PARTS * MAX_SHARE * CHUNK
 
 
 def unsupported(logits: jax.Array) -> str | None:
@@ -56,6 +56,11 @@ class Cut:
     def parts(self) -> int:
         """Blocks of a cluster; every one has a chunk."""
         return min(self.most_parts, 1 << (self.trips.bit_length() - 1))
+
+    @property
+    def share(self) -> int:
+        """Chunks of a block at most."""
+        return -(-self.trips // self.parts)
 
 
 class RowPart:
@@ -205,14 +210,13 @@ def launch(
     outputs: their (shape, dtype); report_size: the float32 scalars of an exchange; own: shared memory of the body.
     """
 
-    share = math.ceil(cut.trips / cut.parts)
     results = [mosaic.out_like(*output, logits, *operands) for output in outputs]
     scratch = [
         *own,
-        plgpu.SMEM((share, cut.chunk), jnp.float32),
+        plgpu.SMEM((cut.share, cut.chunk), jnp.float32),
         plgpu.SMEM((report_size,), jnp.float32),
         plgpu.SMEM((TURNS, cut.parts, report_size), jnp.float32),
-        plgpu.Barrier(num_barriers=share),
+        plgpu.Barrier(num_barriers=cut.share),
     ]
     if interpret is not None:  # it has no shared memory of clusters
         exchange = (logits.shape[0], TURNS, cut.parts, report_size)

@@ -12,21 +12,23 @@ otherwise they tell at least a logit that all kept tokens are above.
 """
 
 import functools
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from kernels_pallas import mosaic, reference, row_parts
+from kernels_pallas import mosaic, reference, row_parts, tuning
 from kernels_pallas.lowering import lower_once
-from kernels_pallas.row_parts import LOWEST, NO_TOKEN, Cut, RowPart, merge_softmax, weight
+from kernels_pallas.row_parts import LOWEST, MAX_SHARE, NO_TOKEN, Cut, RowPart, merge_softmax, weight
 
 SCANNED, LED, DRAWN, WEIGHED = range(row_parts.TURNS)  # exchanges between the parts of a row
 
 KEPT, REJECTED, UNKNOWN = range(3)  # verdicts on a candidate
+SHARED_BYTES = 224 << 10  # of a block of threads, but for its barriers and reports
 TYPICAL = 700  # tokens above the largest third logit of a place, of a row in 8 parts
 
 unsupported = row_parts.unsupported
@@ -35,7 +37,16 @@ unsupported = row_parts.unsupported
 def sample(logits, temperature, top_k, top_p, min_p, seeds, positions):
     """`kernels_pallas.sample` by the kernel; logits that `unsupported` accepts."""
     operands = (logits, temperature, top_k, top_p, min_p, seeds, positions)
-    return _sample(*operands, Cut(logits.shape[1]), None)
+    shape = {"num_lanes": logits.shape[0], "vocab_size": logits.shape[1]}
+    return _sample(*operands, tuning.config_for("sample", shape, Cut(logits.shape[1]), candidates), None)
+
+
+def candidates(num_lanes: int, vocab_size: int) -> Iterator[Cut]:
+    """Cuts worth measuring for a shape: those whose parts fit in shared memory beside the leaders."""
+    for chunk, parts in itertools.product((512, 1024, 2048), (4, 8)):
+        cut = Cut(vocab_size, chunk, parts)
+        if cut.share <= MAX_SHARE and 4 * chunk * (cut.share + 4) <= SHARED_BYTES:
+            yield cut
 
 
 class _Sampler:

@@ -327,6 +327,23 @@ def test_lane_alone_on_the_gpu_is_merged_in_a_cluster(heads, head_dim):
 
 @gpu
 @hopper
+def test_kernels_on_the_gpu_reach_back_over_131072_tokens():
+    rng = np.random.default_rng(0)
+    lengths = [131_072, 1, 70_001]
+    kv = oracle.paged(rng, lengths, 1, 128, 128, dtype=BFLOAT16)
+    q = rng.normal(size=(len(lengths), 4, 128)).astype(BFLOAT16)
+    operands = [jnp.asarray(x) for x in (q, kv.k_pages, kv.v_pages, kv.page_table)]
+    want = oracle.decode(q, kv)
+    got = paged_decode(*operands, kv.lengths, implementation="mosaic")
+    ends = jnp.arange(len(lengths) + 1, dtype=jnp.int32)
+    also = ragged_prefill(*operands, ends, kv.lengths, implementation="mosaic")
+    for lane in range(len(lengths)):
+        assert oracle.relative_error(got[lane], want[lane]) < 1e-2
+        assert oracle.relative_error(also[lane], want[lane]) < 1e-2
+
+
+@gpu
+@hopper
 @pytest.mark.parametrize(
     ("heads", "head_dim", "page_dtype", "options"),
     [((32, 8), 128, BFLOAT16, {}), ((14, 2), 64, BFLOAT16, {"window": 700}), ((32, 8), 128, FLOAT8, {})],

@@ -99,6 +99,15 @@ def test_default_configuration_lowers_for_hopper(vocab_size):
     assert "mosaic_gpu" in lowered.as_text()
 
 
+def test_candidates_of_the_tuner_lower_for_hopper():
+    vocab_size = 262_144
+    f, i = (jax.ShapeDtypeStruct((4,), dtype) for dtype in (jnp.float32, jnp.int32))
+    operands = (jax.ShapeDtypeStruct((4, vocab_size), jnp.float32), f, i, f, f, i, i)
+    for cut in sample_kernel.candidates(4, vocab_size):
+        lowered = sample_kernel._sample.trace(*operands, cut, None).lower(lowering_platforms=("cuda",))
+        assert "mosaic_gpu" in lowered.as_text()
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(mosaic.device_without_kernels() is not None, reason="needs a Hopper GPU")
 @pytest.mark.parametrize("vocab_size", [1024, 151936, 262144])

@@ -10,7 +10,16 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from kernels_pallas import decode_kernel, paged_decode, prefill_kernel, ragged_prefill, tune, tuning
+from kernels_pallas import (
+    decode_kernel,
+    paged_decode,
+    prefill_kernel,
+    ragged_prefill,
+    sample,
+    sample_kernel,
+    tune,
+    tuning,
+)
 from kernels_pallas.tuning import TuningTableError, config_for, read_ops, read_table, table_path, trying
 
 SHAPE = {"num_lanes": 64, "head_dim": 128}
@@ -242,6 +251,25 @@ def test_prefill_asks_with_its_shape_and_runs_what_the_table_says(table, monkeyp
     assert len(set(trial.candidates) - {default}) > 3
     table({"ops": {"ragged_prefill": [entry({"stages": 3, "turns": False}, trial.shape)]}})
     assert run() == dataclasses.replace(default, stages=3, turns=False)
+
+
+def test_sample_asks_with_its_shape_and_runs_what_the_table_says(table, monkeypatch):
+    lanes = jnp.zeros(3)
+
+    def run():
+        used = []
+        monkeypatch.setattr(sample_kernel, "_sample", lambda *a: used.append(a[-2]) or lanes)
+        integers = lanes.astype(jnp.int32)
+        options = (lanes, integers, lanes, lanes, integers, integers)
+        sample(jnp.zeros((3, 32_000)), *options, implementation="mosaic")
+        return used[0]
+
+    with trying("sample") as trial:
+        default = run()
+    assert trial.shape == {"num_lanes": 3, "vocab_size": 32_000}
+    assert len(set(trial.candidates) - {default}) > 3
+    table({"ops": {"sample": [entry({"most_parts": 4}, trial.shape)]}})
+    assert run() == dataclasses.replace(default, most_parts=4)
 
 
 def test_heads_are_read_from_the_command_line():
