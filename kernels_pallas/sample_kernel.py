@@ -86,25 +86,12 @@ class _Sampler:
         Scores are relative to the maximum of the part.
         """
 
-        def greedy():
-            def step(i, x, state):
-                maxima, best = state
-                return jnp.maximum(maxima, x), better(True, i, x, best)  # NaN if any is
+        def also(i, x, shift, maxima, best):
+            return better(True, i, self.score(i, x, shift), best)
 
-            state = (self.part.full(LOWEST), self.nothing())
-            maxima, best = self.part.fold(step, state, first_pass=True)
-            maximum, (score, token) = jnp.max(maxima), self.winner(best)
-            return maximum, jnp.float32(0.0), score - maximum, token
-
-        def noisy():
-            def also(i, x, shift, maxima, best):
-                return better(True, i, self.score(i, x, shift), best)
-
-            maximum, total, shift, _, best = self.part.softmax(self.factor, also, self.nothing())
-            score, token = self.winner(best)
-            return maximum, total, score + (shift - maximum) * self.factor, token
-
-        maximum, total, score, token = lax.cond(self.greedy, greedy, noisy)
+        maximum, total, shift, _, best = self.part.softmax(self.factor, also, self.nothing())
+        score, token = self.winner(best)
+        score += (shift - maximum) * self.factor
         return maximum, total, score, token, self.part.value(token)
 
     def fold(self, leading, step: Callable, state):
@@ -263,18 +250,41 @@ def _pivot(top_k, floor, maximum):
     return floor + (maximum - floor) * jnp.clip(share, -1.0, 1.0)
 
 
-def _draw(part: RowPart, options, out_ref, *leader_refs):
-    row = _Sampler(part, options, _Leaders(*leader_refs))
+def _largest(row: _Sampler):
+    """The first token of the largest logit; -1 for a row that holds a NaN."""
+
+    def step(i, x, state):
+        maxima, trips = state
+        return jnp.maximum(maxima, x), jnp.where(x > maxima, i, trips)  # NaN if any is
+
+    start = row.part.full(LOWEST), row.part.full(0, jnp.int32)
+    maxima, trips = row.part.fold(step, start, first_pass=True)
+    maximum = jnp.max(maxima)
+    token = -jnp.max(jnp.where(maxima == maximum, -row.part.tokens(trips), -NO_TOKEN))
+    reports = row.part.exchange(SCANNED, (maximum, token))
+    bad = functools.reduce(jnp.logical_or, [top != top for top, _ in reports])
+    token, top = merge_winners([(top, token, top) for top, token in reports])
+    return jnp.where(bad, -1, jnp.where(top > LOWEST, token, 0))
+
+
+def _drawn(row: _Sampler):
+    """The token drawn for a row; -1 if it holds a NaN."""
     maximum, total, leading, verdict, *candidate = lax.cond(
         row.leads, functools.partial(_from_leaders, row), functools.partial(_from_all, row)
     )
     bad = maximum != maximum
     token = row.settle(leading, tuple(candidate), jnp.where(bad, KEPT, verdict), maximum, total)
+    none = token == NO_TOKEN  # nothing but -inf: any token will do
+    return jnp.where(bad, -1, jnp.where(none, 0, token))
+
+
+def _draw(part: RowPart, options, out_ref, *leader_refs):
+    row = _Sampler(part, options, _Leaders(*leader_refs))
+    token = lax.cond(row.greedy, functools.partial(_largest, row), functools.partial(_drawn, row))
 
     @pl.when(part.part == 0)
     def _store():
-        none = token == NO_TOKEN  # nothing but -inf: any token will do
-        out_ref[part.lane] = jnp.where(bad, -1, jnp.where(none, 0, token))
+        out_ref[part.lane] = token
 
 
 @lower_once("cut", "interpret")
