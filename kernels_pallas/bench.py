@@ -41,12 +41,16 @@ class PrefillCase:
         return 4 * pairs * self.num_heads * self.head_dim
 
 
+LAYERS = 32  # calls that share a work list, as those of a model's layers do
+
 PREFILL_CASES = (
     PrefillCase("1 x 8192", ((8192, 0),)),
     PrefillCase("4096 after 4096 cached", ((4096, 4096),)),
     PrefillCase("16 x 512", ((512, 0),) * 16),
     PrefillCase("1 x 8192, pages of 16", ((8192, 0),), page_size=16),
     PrefillCase("1 x 8192, 14/2 x 64", ((8192, 0),), 14, 2, 64),
+    PrefillCase("1 x 8192, 32/32 x 96", ((8192, 0),), 32, 32, 96),
+    PrefillCase("1 x 8192, 8/4 x 256", ((8192, 0),), 8, 4, 256),
     PrefillCase("64 rows of 1 after 2048, 1 x 2048", ((1, 2048),) * 64 + ((2048, 0),)),
 )
 
@@ -67,7 +71,7 @@ def prefill_inputs(case: PrefillCase) -> list[jax.Array]:
     return [q, k, v, *map(jnp.asarray, (table, cu_seqlens, lengths))]
 
 
-def time_prefill(case: PrefillCase, attend: Callable, repeats: int, calls: int = 8) -> float:
+def time_prefill(case: PrefillCase, attend: Callable, repeats: int, calls: int = LAYERS) -> float:
     """Seconds of one call of `attend(q, k_pages, v_pages, page_table, cu_seqlens, lengths)`."""
 
     def chain(q, *operands):
@@ -78,7 +82,7 @@ def time_prefill(case: PrefillCase, attend: Callable, repeats: int, calls: int =
     return seconds_per_call(chain, prefill_inputs(case), calls, repeats)
 
 
-def time_cudnn(case: PrefillCase, repeats: int, calls: int = 8) -> float:
+def time_cudnn(case: PrefillCase, repeats: int, calls: int = LAYERS) -> float:
     """Seconds of cuDNN's dense causal attention over rows of equal length and no cached prefix."""
     tokens = case.rows[0][0]
     shape = (len(case.rows), tokens, case.num_kv_heads, case.head_dim)
