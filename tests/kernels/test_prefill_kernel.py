@@ -9,7 +9,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from kernels_pallas import mosaic, paged_decode, prefill_config, prefill_kernel, ragged_prefill
+from kernels_pallas import mosaic, paged_decode, prefill_config, prefill_kernel, ragged_prefill, tuning
 from kernels_pallas.prefill_config import PrefillConfig
 from tests.kernels import oracle
 from tests.kernels.interpreter import no_races
@@ -206,3 +206,21 @@ def test_decode_on_the_gpu_of_a_head_dim_of_96(heads, page_size):
     q = inputs([(1, 0)] * len(lengths), *heads, 96, page_size, padding=0)[0]
     got = paged_decode(q, kv.k_pages, kv.v_pages, kv.page_table, kv.lengths, implementation="mosaic")
     assert oracle.relative_error(got, oracle.decode(q, kv)) < 1e-2
+
+
+@gpu
+@hopper
+def test_shipped_configurations_on_the_gpu_give_what_the_defaults_give():
+    device = mosaic.default_device()
+    for entry in tuning.read_ops(tuning.table_path(device.device_kind)).get("ragged_prefill", []):
+        shape = entry["shape"]
+        heads = shape["group"] * shape["num_kv_heads"], shape["num_kv_heads"]
+        rows = [(shape["num_tokens"] // 2, 0), (shape["num_tokens"] // 4, 100)]
+        sizes = shape["head_dim"], shape["page_size"]
+        q, kv, ends = inputs(rows, *heads, *sizes, padding=shape["num_tokens"] // 4)
+        operands = [jnp.asarray(x) for x in (q, kv.k_pages, kv.v_pages, kv.page_table, ends, kv.lengths)]
+        default = prefill_config.default_config(shape["head_dim"])
+        config = PrefillConfig(**entry["config"])
+        assert prefill_config.choose_config(*operands[:2]) == config != default
+        want = kernel(*operands, config=default)
+        assert oracle.relative_error(kernel(*operands, config=config), want) < 1e-2
