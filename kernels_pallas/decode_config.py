@@ -19,13 +19,15 @@ CLUSTER = 8  # the largest that every GPU with clusters runs
 class DecodeConfig:
     """Tuning of one shape: KV tokens per trip, trips in flight, shares a lane's KV is cut into at most.
 
-    Up to eight shares can be `clustered`: merged in shared memory instead of global memory.
+    Up to eight shares can be `clustered`: merged in shared memory instead of global memory. In global memory, some are
+    merged at once, which decides roundings; 0 chooses how many by the size of the launch.
     """
 
     block_kv: int
     stages: int
     num_splits: int
     clustered: bool = False
+    merged_at_once: int = 0
 
 
 def default_config(
@@ -58,7 +60,7 @@ def buffer_bytes(config: DecodeConfig, group: int, head_dim: int, kv_bits: int =
 def choose_config(group: int, k_pages: jax.Array, page_table: jax.Array, deterministic: bool) -> DecodeConfig:
     """The configuration for these operands; if deterministic, one that divides a lane in the same way always."""
     if deterministic:
-        return DecodeConfig(block_kv=64, stages=2, num_splits=8)
+        return DecodeConfig(block_kv=64, stages=2, num_splits=8, merged_at_once=4)
     _, num_kv_heads, page_size, head_dim = k_pages.shape
     num_lanes, max_pages = page_table.shape
     shape = {

@@ -82,7 +82,8 @@ def _decode(
     splits = config.num_splits
     clustered = config.clustered and not interpreted  # the interpreter has no shared memory of clusters
     # Partial results loaded together cost registers, which matter where blocks share a multiprocessor.
-    at_once = 4 if num_lanes * num_kv_heads * splits > MULTIPROCESSORS else 8
+    few = num_lanes * num_kv_heads * splits <= MULTIPROCESSORS
+    at_once = config.merged_at_once or (8 if few else 4)
     dtype = x.dtype
     eight_bit = k_pages.dtype.itemsize == 1
     # Of the 16-bit types only float16 has a direct conversion from float8, and it is an exact one.

@@ -11,6 +11,7 @@ import pytest
 from jax.sharding import Mesh, PartitionSpec
 
 from kernels_pallas import (
+    decode_config,
     decode_kernel,
     mosaic,
     paged_decode,
@@ -172,6 +173,14 @@ def test_deterministic_lane_has_the_same_bits_alone_and_in_a_batch(window, updat
     together = attend(slice(0, 3))
     for lane in range(3):
         np.testing.assert_array_equal(attend(slice(lane, lane + 1))[0], together[lane])
+
+
+def test_deterministic_configuration_leaves_nothing_to_the_size_of_the_batch():
+    pages = jax.ShapeDtypeStruct((50, 8, 64, 128), jnp.bfloat16)
+    tables = [jax.ShapeDtypeStruct((num_lanes, 12), jnp.int32) for num_lanes in (1, 256)]
+    configs = {decode_config.choose_config(4, pages, table, deterministic=True) for table in tables}
+    assert len(configs) == 1
+    assert configs.pop().merged_at_once > 0
 
 
 def shapes(num_lanes, heads, head_dim, page_size, max_pages=12):
