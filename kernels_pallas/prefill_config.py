@@ -92,6 +92,6 @@ def unsupported(q: jax.Array, k_pages: jax.Array, v_pages: jax.Array) -> str | N
         return f"pages {k_pages.dtype} and {v_pages.dtype} are not both {q.dtype} or both {FP8}"
     if head_dim not in (64, 96, 128, 256):
         return f"head_dim {head_dim} is not 64, 96, 128 or 256"
-    if k_pages.dtype == FP8 and head_dim != 128:
-        return f"head_dim {head_dim} of {FP8} pages is not 128"
+    if k_pages.dtype == FP8 and head_dim == 96:
+        return f"head_dim {head_dim} of {FP8} pages is not 64, 128 or 256"
     return mosaic.unsupported_paging(page_size, group)
