@@ -110,8 +110,13 @@ def unsupported(q: jax.Array, k_pages: jax.Array, v_pages: jax.Array) -> str | N
     return mosaic.unsupported_paging(page_size, group)
 
 
-def unsupported_update(rotary_dim: int, head_dim: int) -> str | None:
-    """Why the kernel cannot rotate by that many dimensions; None if it can."""
+def unsupported_update(rotary_dim: int, k_pages: jax.Array) -> str | None:
+    """Why the kernel cannot rotate by that many dimensions and store the token; None if it can."""
+    head_dim = k_pages.shape[3]
+    # The kernel's own 8-bit write was right on a GPU at head dims 64 and 256, and wrong at 128 with norms, a window,
+    # softcap and sinks.
+    if k_pages.dtype.itemsize == 1:
+        return "the pages are 8-bit"
     if rotary_dim % 64 or (head_dim - rotary_dim) % 32:
         return f"rotary_dim {rotary_dim} is not a multiple of 64"
     return None

@@ -186,7 +186,7 @@ def paged_decode_update(
     num_lanes, num_kv_heads, rows, head_dim = qkv.shape
     q = jax.ShapeDtypeStruct((num_lanes, num_kv_heads * (rows - 2), head_dim), qkv.dtype)
     reason = decode_config.unsupported(q, k_pages, v_pages)
-    reason = reason or decode_config.unsupported_update(2 * cos.shape[1], head_dim)
+    reason = reason or decode_config.unsupported_update(2 * cos.shape[1], k_pages)
     page_table, lengths = _in_own_buffers(k_pages, page_table, lengths)
     options: dict[str, Any] = {"sm_scale": sm_scale, "window": window, "softcap": softcap, "sinks": sinks}
     options |= {"k_scale": k_scale, "v_scale": v_scale}
@@ -208,7 +208,7 @@ def paged_decode_update(
     queries, k, v = reference.prepare_heads(qkv, cos, sin, q_norm, k_norm, epsilon)
     slots = reference.last_slots(page_table, lengths, k_pages.shape[2])
     k_pages, v_pages = reference.write_kv(k_pages, v_pages, k, v, slots, k_scale, v_scale)
-    # Where only the rope is beyond the kernel, the attention still runs as one.
+    # Where only the rope or the write is beyond the kernel, the attention still runs as one.
     o = paged_decode(
         queries,
         k_pages,
