@@ -126,6 +126,7 @@ def _decode(
         @pl.when((thread == 0) & (split < share.active))
         def _compute():
             if update:
+                tile_rows.row_major(x_smem, interpret=interpreted)
                 decode_parts.rotate(x_smem, x_bar, ref, lane, group, epsilon)
                 if eight_bit:
                     decode_parts.quantise(x_smem, new, ref, group)

@@ -90,6 +90,22 @@ def _geometry(tile) -> tuple[plgpu.RefType, dict[str, int]]:
     return plgpu.RefType(transforms), sizes
 
 
+def row_major(ref, *, interpret: bool) -> None:
+    """Have `ref` [rows, H] in shared memory laid out row by row.
+
+    Otherwise layout inference may cut it into tiles of only as many rows as a copy and eight have in common, and
+    swizzle them: a slice of columns then begins within the swizzle's period, which stores to it do not know.
+    """
+    if interpret:
+        return
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
+    def nothing(_, ref):
+        del ref
+
+    nothing(ref)
+
+
 def insert(tile, source, place, *, interpret: bool) -> None:
     """Copy `source` [H] to row `place` of the tile [rows, H]; nothing if it has no such row.
 
