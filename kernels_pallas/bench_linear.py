@@ -26,7 +26,7 @@ class LayerCase:
 
     @property
     def weight_bytes(self) -> int:
-        return 2 * (self.hidden * (self.qkv + self.heads + 3 * self.inner))
+        return 2 * self.hidden * (self.qkv + self.heads + 3 * self.inner)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {
@@ -122,9 +122,7 @@ def bench_linear(repeats: int, rates: dict) -> Iterator[dict]:
     """The floor is one read of the weights, or the multiplications where they take longer."""
     for case in LAYERS:
         for tokens in TOKENS:
-            flops = (
-                tokens * case.weight_bytes
-            )  # a multiplication and an addition for each weight of two bytes
+            flops = tokens * case.weight_bytes  # two for each weight, which has two bytes
             floor = max(case.weight_bytes / rates["read_bytes_per_s"], flops / rates["matrix_flops"])
             for op, implementation in (("fused_linear", None), ("the same by XLA", "reference")):
                 seconds = time_layer(case, tokens, repeats, implementation)

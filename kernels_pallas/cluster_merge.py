@@ -11,7 +11,9 @@ from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.mosaic.gpu.utils import bitcast, inline_ptx, memref_ptr
 from jax.extend.mlir import ir
 
-_THREADS = 128  # of a warpgroup
+from kernels_pallas import mosaic
+from kernels_pallas.mosaic import THREADS
+
 _ADDRESS = """{{
     .reg .b32 a;
     mov.u32 a, %tid.x;
@@ -28,10 +30,8 @@ def mailbox(senders: int, shapes: tuple[tuple[int, ...], ...]) -> plgpu.SMEM:
 
     In the layouts of a wgmma a thread holds them in pairs; of [G'] it holds a quarter.
     """
-    pairs = (
-        sum(shape[0] * shape[1] // _THREADS if len(shape) == 2 else shape[0] // 4 for shape in shapes) // 2
-    )
-    return plgpu.SMEM((senders, pairs * _THREADS, 2), jnp.float32)
+    pairs = sum(shape[0] * shape[1] // THREADS if len(shape) == 2 else shape[0] // 4 for shape in shapes) // 2
+    return plgpu.SMEM((senders, pairs * THREADS, 2), jnp.float32)
 
 
 def send(box, arrays, layouts) -> None:
@@ -44,7 +44,7 @@ def send(box, arrays, layouts) -> None:
     def copy(_, box, *arrays):
         registers = [register for array in arrays for register in array.registers.flat]
         for i, register in enumerate(registers):
-            code = _SEND.format(base="$0", offset=8 * _THREADS * i)
+            code = _SEND.format(base="$0", offset=8 * THREADS * i)
             pair = bitcast(register, ir.IntegerType.get_signless(64))
             inline_ptx(code, memref_ptr(box), pair, has_side_effects=True)
         inline_ptx("barrier.cluster.arrive.release;", has_side_effects=True, convergent=True)
@@ -54,13 +54,7 @@ def send(box, arrays, layouts) -> None:
 
 def collect() -> None:
     """Wait until all others have called `send` or ended."""
-
-    @plgpu.inline_mgpu()
-    def wait(_):
-        code = "barrier.cluster.arrive.release; barrier.cluster.wait.acquire;"
-        inline_ptx(code, has_side_effects=True, convergent=True)
-
-    wait()
+    mosaic.meet_cluster(None, interpret=False)
 
 
 def receive(box, shapes, layouts):
@@ -77,7 +71,7 @@ def receive(box, shapes, layouts):
         for shape, layout in zip(shapes, layouts, strict=True):
             registers = np.empty(layout.to_mgpu().registers_shape(shape), dtype=object)
             for index in np.ndindex(registers.shape):
-                code = _RECEIVE.format(base="$1", offset=8 * _THREADS * place)
+                code = _RECEIVE.format(base="$1", offset=8 * THREADS * place)
                 word = inline_ptx(code, memref_ptr(box), result_types=i64, has_side_effects=True)
                 registers[index], place = bitcast(word, pair), place + 1
             array = mgpu.FragmentedArray(_registers=registers, _layout=layout.to_mgpu(), _is_signed=None)

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from kernels_pallas import mosaic, tuning
+from kernels_pallas.mosaic import MULTIPROCESSORS
 
 BUFFER_BYTES = 200 << 10  # of shared memory for keys and values, and for what splits send each other
-MULTIPROCESSORS = 132
 CLUSTER = 8  # the largest that every GPU with clusters runs
 
 
@@ -81,7 +81,7 @@ def candidates(
     """Configurations worth measuring for a shape: those whose blocks of tokens fit in shared memory."""
     pairs = num_lanes * num_kv_heads
     for block_kv, stages in itertools.product((64, 128), (2, 3, 4, 6)):
-        configs = [DecodeConfig(block_kv, stages, max(1, n // pairs)) for n in (132, 264, 528)]
+        configs = [DecodeConfig(block_kv, stages, max(1, n * MULTIPROCESSORS // pairs)) for n in (1, 2, 4)]
         if pairs * CLUSTER <= MULTIPROCESSORS:
             configs.append(DecodeConfig(block_kv, stages, CLUSTER, clustered=True))
         yield from (x for x in configs if buffer_bytes(x, group, head_dim, kv_bits) <= BUFFER_BYTES)

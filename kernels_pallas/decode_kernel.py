@@ -24,10 +24,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from kernels_pallas import cluster_merge, decode_parts, mosaic, tile_rows
-from kernels_pallas.decode_config import MULTIPROCESSORS, DecodeConfig, choose_config, scale_operands
+from kernels_pallas.decode_config import DecodeConfig, choose_config, scale_operands
 from kernels_pallas.decode_memory import PageIds, Ring, Share, copies_of, stream
 from kernels_pallas.lowering import lower_once
-from kernels_pallas.mosaic import LOG2E, MASKED
+from kernels_pallas.mosaic import LOG2E, MASKED, MULTIPROCESSORS
 
 PARTIAL = "acc", "maximum", "denominator"
 

@@ -23,9 +23,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from kernels_pallas import tuning
-from kernels_pallas.mosaic import ROWS
+from kernels_pallas.mosaic import MULTIPROCESSORS, ROWS
 
-MULTIPROCESSORS = 132
 IN_LARGE_CLUSTERS = 112  # of them, for certain, where clusters have four or eight blocks
 SHARED_BYTES = 225 << 10  # of a block of threads, a little less than there is
 LEAST_STAGES, MOST_STAGES = 4, 12

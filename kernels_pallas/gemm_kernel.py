@@ -151,7 +151,7 @@ def _run(x, weight, bias, residual, config: GemmConfig, interpret):
                 for part in range(parts):
                     row = plgpu.load(ref["bias"].at[part, mine], layout=LAYOUT.reduce(0), optimized=False)
                     ys[part] += lax.broadcast_in_dim(row.astype(jnp.float32), ys[part].shape, [1])
-            y = ys[0] if parts == 1 else ys[0] / (1.0 + jnp.exp(-ys[0])) * ys[1]
+            y = ys[0] if parts == 1 else mosaic.gated(*ys)
             place = o_smem.at[pl.ds(thread * ROWS, ROWS)]
             if residual is not None:
                 plgpu.barrier_wait(res_bar)

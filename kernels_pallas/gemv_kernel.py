@@ -168,7 +168,7 @@ def _run(x, weight, norm, bias, residual, epsilon, ring: Ring, blocks, interpret
                 ys = [total.sum(axis=1) for total in sums]
                 if bias is not None:
                     ys = [y + load(ref["bias"].at[part]) for part, y in enumerate(ys)]
-                y = ys[0] if parts == 1 else ys[0] / (1.0 + jnp.exp(-ys[0])) * ys[1]
+                y = ys[0] if parts == 1 else mosaic.gated(*ys)
                 if residual is not None:
                     y = y.astype(dtype).astype(jnp.float32) + load(ref["residual"].at[0])
                 mosaic.store(ref["out"].at[0, mine], y.astype(dtype))

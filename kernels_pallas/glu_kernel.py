@@ -23,7 +23,7 @@ from jax.experimental import pallas as pl
 
 from kernels_pallas import mosaic
 from kernels_pallas.lowering import lower_once
-from kernels_pallas.mosaic import ROWS
+from kernels_pallas.mosaic import MULTIPROCESSORS, ROWS
 
 WORKERS = 2  # warpgroups that multiply
 DEPTH = 64  # columns of x and of the weight at once
@@ -42,7 +42,7 @@ class GluConfig:
     stages: int = 4
     cluster: int = 2
     group: int = 8
-    blocks: int = 132
+    blocks: int = MULTIPROCESSORS
 
     @property
     def tokens(self) -> int:
@@ -145,7 +145,7 @@ def _run(x, weight, config: GluConfig, interpret):
                 value = pl.run_scoped(product, plgpu.ACC((ROWS, 2 * columns), jnp.float32))
                 gate, up = value[:, :columns], value[:, columns:]
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                out_smem[thread] = (gate / (1.0 + jnp.exp(-gate)) * up).astype(x.dtype)
+                out_smem[thread] = mosaic.gated(gate, up).astype(x.dtype)
                 plgpu.commit_smem()
                 token, column = locate(trip)
                 target = out_ref.at[pl.ds(token + thread * ROWS, ROWS), pl.ds(column, columns)]

@@ -18,6 +18,8 @@ from jax.extend.mlir.dialects import arith, memref
 LOG2E = math.log2(math.e)
 MASKED = -1e30  # finite, so that the difference of two masked scores is not NaN
 ROWS = 64  # rows of a wgmma tile, one warpgroup's share
+THREADS = 128  # of a warpgroup
+MULTIPROCESSORS = 132  # of an H100
 
 _log = logging.getLogger(__name__)
 
@@ -41,7 +43,7 @@ def device_without_kernels() -> str | None:
 
 def multiprocessors() -> int:
     """Blocks of threads, each as large as can be, that the default device runs at once."""
-    return getattr(default_device(), "core_count", None) or 132  # off the GPU: those of an H100
+    return getattr(default_device(), "core_count", None) or MULTIPROCESSORS
 
 
 def row_per_warp(size: int):
@@ -170,11 +172,10 @@ def gather_cluster(mine, theirs, blocks: int, words: int) -> None:
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType()))
     def send(_, source, target):
         pointers = memref_ptr(source), memref_ptr(target)
-        for first in range(0, blocks * words, 128):
+        for first in range(0, blocks * words, THREADS):
             code = _SEND_WORD.format(first=first, total=blocks * words, words=words)
             inline_ptx(code, *pointers, has_side_effects=True)
-        wait = "barrier.cluster.arrive.release; barrier.cluster.wait.acquire;"
-        inline_ptx(wait, has_side_effects=True, convergent=True)
+        _meet()
 
     send(mine, theirs)
 
@@ -189,12 +190,13 @@ def meet_cluster(barrier, *, interpret: bool) -> None:
         plgpu.barrier_wait(barrier)
         return
 
-    @plgpu.inline_mgpu()
-    def meet(_):
-        wait = "barrier.cluster.arrive.release; barrier.cluster.wait.acquire;"
-        inline_ptx(wait, has_side_effects=True, convergent=True)
+    plgpu.inline_mgpu()(lambda _: _meet())()
 
-    meet()
+
+def _meet() -> None:
+    """Code that waits for all blocks of the cluster."""
+    wait = "barrier.cluster.arrive.release; barrier.cluster.wait.acquire;"
+    inline_ptx(wait, has_side_effects=True, convergent=True)
 
 
 _EXCHANGED = (plgpu.TilingTransform((8, 8)),)  # what a warp touches at once lies together
@@ -223,6 +225,11 @@ def zero_rows_outside(values, block: int, head_dim: int, first, stop) -> None:
     loaded = plgpu.load(values, layout=plgpu.Layout.WGMMA, optimized=False)
     values[...] = jnp.where((row >= first) & (row < stop), loaded, jnp.zeros_like(loaded))
     plgpu.commit_smem()
+
+
+def gated(gate, up):
+    """silu of the gate times up, float32."""
+    return gate / (1.0 + jnp.exp(-gate)) * up
 
 
 def ceil_div(x, y: int):

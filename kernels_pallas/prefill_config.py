@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels_pallas import mosaic, tuning
-from kernels_pallas.mosaic import ROWS
+from kernels_pallas.mosaic import MULTIPROCESSORS, ROWS
 
 QUERY_SLOTS = 2  # tiles whose queries are in shared memory: one in work, one fetched
 FP8 = jnp.dtype(jnp.float8_e4m3fn)
@@ -28,7 +28,7 @@ class PrefillConfig:
     stages: int
     warpgroups: int = 2
     turns: bool = True
-    blocks: int = 132
+    blocks: int = MULTIPROCESSORS
 
     def shared_bytes(self, head_dim: int, kv_bits: int) -> int:
         """Shared memory of queries, keys and values of 16 bits, and what 8-bit pages and narrow rows add."""
@@ -37,7 +37,7 @@ class PrefillConfig:
         return 2 * head_dim * (queries + 2 * self.stages * self.block_kv + landing)
 
 
-DECODE_CONFIG = PrefillConfig(64, 2, 1, turns=False, blocks=2 * 132)  # two a multiprocessor
+DECODE_CONFIG = PrefillConfig(64, 2, 1, turns=False, blocks=2 * MULTIPROCESSORS)  # two a multiprocessor
 
 
 def rows_apart(head_dim: int) -> int:

@@ -427,7 +427,7 @@ def fused_linear(
 
 
 def rms_norm(x: jax.Array, weight: jax.Array, epsilon: float) -> jax.Array:
-    """Over the last axis of x; float32 inside, dtype of x outside."""
+    """Normalise the last axis of `x`, scale by `weight` (broadcast); float32 inside, dtype of `x` outside."""
     x32 = x.astype(jnp.float32)
     inverse = lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + epsilon)
     return (x32 * inverse * weight.astype(jnp.float32)).astype(x.dtype)

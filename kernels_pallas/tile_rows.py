@@ -11,9 +11,9 @@ from jax.extend.mlir import ir
 from jax.extend.mlir.dialects import arith
 
 from kernels_pallas import mosaic
+from kernels_pallas.mosaic import THREADS
 
 _SCALAR = plgpu.Layout.WG_SPLAT(())
-_THREADS = 128  # of a warpgroup
 
 _INSERT = """{{
     .reg .pred p;
@@ -140,7 +140,7 @@ def zero_outside(tile, first, stop, *, interpret: bool) -> None:
     @plgpu.inline_mgpu(arg_types=(tile_type, _SCALAR, _SCALAR))
     def zero(_, tile, first, stop):
         operands = memref_ptr(tile), first.registers.item(), stop.registers.item()
-        for start in range(0, sizes["rows"] * sizes["row_chunks"], _THREADS):
+        for start in range(0, sizes["rows"] * sizes["row_chunks"], THREADS):
             inline_ptx(_ZERO.format(start=start, **sizes), *operands, has_side_effects=True)
 
     zero(tile, first, stop)

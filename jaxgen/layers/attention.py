@@ -11,10 +11,11 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from jaxgen.layers.linear import Linear, LinearMaker
-from jaxgen.layers.norm import RMSNorm, rms_norm
+from jaxgen.layers.norm import RMSNorm
 from jaxgen.layers.param import TENSOR_AXIS, LogicalAxes
 from jaxgen.layers.rope import apply_rope
 from kernels_pallas import Implementation, paged_decode_update, ragged_prefill, write_kv
+from kernels_pallas.reference import rms_norm
 
 KVPages = list[tuple[jax.Array, jax.Array]]
 """Per layer (k_pages, v_pages), each [P, K, S, H]."""

@@ -5,13 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxgen.layers.param import param
-
-
-def rms_norm(x: jax.Array, weight: jax.Array, epsilon: float) -> jax.Array:
-    """Normalise the last axis of `x`, scale by `weight` (broadcast); float32 inside, dtype of `x` outside."""
-    x32 = x.astype(jnp.float32)
-    scale = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + epsilon)
-    return (x32 * scale * weight.astype(jnp.float32)).astype(x.dtype)
+from kernels_pallas.reference import rms_norm
 
 
 class RMSNorm(nnx.Module):

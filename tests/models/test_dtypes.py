@@ -6,8 +6,8 @@ import pytest
 from flax import nnx
 
 from jaxgen.layers.attention import DecodeBatch
-from jaxgen.layers.norm import rms_norm
 from jaxgen.models.registry import build_model
+from kernels_pallas.reference import rms_norm
 from tests.models.harness import FAMILIES, load_config
 
 
