@@ -104,10 +104,7 @@ class StepTable[Key]:
 
 
 class StartupCompilation[Key]:
-    """Adds steps to a table in parallel threads, beginning in the order given, while the caller goes on.
-
-    A context manager: leaving it by an exception drops what has not begun and waits for what has.
-    """
+    """Adds steps to a table in parallel threads, beginning in the order given, while the caller goes on."""
 
     def __init__(self, table: StepTable[Key], keys: Iterable[Key], on_done: Callable[[Key], None]):
         """on_done(key): called as each step is there, from the thread that compiled it."""
@@ -134,12 +131,6 @@ class StartupCompilation[Key]:
     def stop(self) -> None:
         """Drops what has not begun and waits for what has."""
         self._pool.shutdown(wait=True, cancel_futures=True)
-
-    def __enter__(self) -> StartupCompilation[Key]:
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self.stop()
 
 
 class BackgroundCompilation[Key]:
