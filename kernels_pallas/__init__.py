@@ -1,6 +1,7 @@
 """Attention, KV-cache and sampling kernels for paged LLM inference. Depends on jax alone."""
 
-from kernels_pallas.layer_ops import fused_linear
+from kernels_pallas.layer_ops import fused_linear, fused_linear_to_norm
+from kernels_pallas.norm_input import NormInput
 from kernels_pallas.ops import (
     Implementation,
     LogProbabilities,
@@ -17,8 +18,10 @@ from kernels_pallas.ops import (
 __all__ = [
     "Implementation",
     "LogProbabilities",
+    "NormInput",
     "copy_pages",
     "fused_linear",
+    "fused_linear_to_norm",
     "gumbel_noise",
     "log_probabilities",
     "paged_decode",

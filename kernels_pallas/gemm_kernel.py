@@ -7,6 +7,9 @@ multiply 64 tokens each. Where a tile for every multiprocessor would be too narr
 them, a cluster of blocks shares the sum over K instead: each sends its share of the columns to the others' shared
 memory, and they add the shares up in a fixed order.
 
+An RMS norm takes no launch of its own. The product whose result it reads also writes that result times the norm's
+weight, and each row's sum of squares over its tile; the product behind the norm scales its sums by what these give.
+
 How a product is cut, and the figures, are in `gemm_config`.
 """
 
@@ -23,8 +26,11 @@ from kernels_pallas import gemm_config, mosaic, reference
 from kernels_pallas.gemm_config import GemmConfig, Product
 from kernels_pallas.lowering import lower_once
 from kernels_pallas.mosaic import ROWS
+from kernels_pallas.norm_input import NormInput
 
 LAYOUT = plgpu.Layout.WGMMA
+SQUARES_ROWS = 2 * ROWS  # their rows are a multiple of these, as many as any tile has
+SQUARES_AT_ONCE = 128  # columns of them
 
 
 def unsupported(x: jax.Array, weight: jax.Array, *, forced: bool) -> str | None:
@@ -35,16 +41,23 @@ def unsupported(x: jax.Array, weight: jax.Array, *, forced: bool) -> str | None:
     return gemm_config.unsupported(product) or (None if forced else gemm_config.slower(product))
 
 
-def run(x, weight, norm, bias, residual, epsilon: float):
-    """x [M, K], weight [P, N, K] (P = 2: gated), norm [K], bias [P, N], residual [M, N] or None each -> [M, N]."""
-    config = gemm_config.choose(Product(x.shape[0], *weight.shape))
-    if norm is not None:
-        x = reference.rms_norm(x, norm, epsilon)
-    return _run(x, weight, bias, residual, config, None)
+def run(x: NormInput, weight, norm, bias, residual, next_norm, epsilon: float) -> NormInput:
+    """x [M, K], weight [P, N, K] (P = 2: gated), norm [K], bias [P, N], residual [M, N], next_norm [N] or None each.
+
+    Returns rows [M, N], prepared for a next norm.
+    """
+    config = gemm_config.choose(Product(x.rows.shape[0], *weight.shape))
+    rows, squares = x.rows, None
+    if norm is not None and x.scaled is None:
+        rows = reference.rms_norm(x.rows, norm, epsilon)
+    elif norm is not None:
+        rows, squares = x.scaled, x.squares
+    outputs = _run(rows, weight, squares, bias, residual, next_norm, epsilon, config, None)
+    return NormInput(*outputs)
 
 
-@lower_once("config", "interpret")
-def _run(x, weight, bias, residual, config: GemmConfig, interpret):
+@lower_once("epsilon", "config", "interpret")
+def _run(x, weight, squares, bias, residual, next_norm, epsilon: float, config: GemmConfig, interpret):
     dtype = x.dtype
     tokens, size = x.shape
     parts, rows, _ = weight.shape
@@ -57,14 +70,19 @@ def _run(x, weight, bias, residual, config: GemmConfig, interpret):
     interpreted = interpret is not None
     grid = -(-rows // columns), -(-tokens // tile)
     operands = {"x": x, "weight": weight}
-    optional = {"bias": bias, "residual": residual}
+    optional = {"squares": squares, "bias": bias, "residual": residual, "next_norm": next_norm}
     operands |= {name: operand for name, operand in optional.items() if operand is not None}
     outputs = {"out": mosaic.out_like((tokens, rows), dtype, *operands.values())}
+    sums_of_squares = grid[0] * splits  # of a row, that blocks write
+    if next_norm is not None:
+        outputs["scaled"] = outputs["out"]
+        shape = _round_up(tokens, SQUARES_ROWS), _round_up(sums_of_squares, 8)
+        outputs["next_squares"] = mosaic.out_like(shape, jnp.float32, *operands.values())
     pieces = (splits, parts, tile, share)
     if splits > 1 and interpreted:
         outputs["sums"] = jax.ShapeDtypeStruct((*grid, splits, *pieces), jnp.float32)
 
-    def kernel(*refs, x_smem, w_smem, o_smem, full, free, res_bar, sums=None, met=None):
+    def kernel(*refs, x_smem, w_smem, o_smem, full, free, res_bar, scaled_smem=None, sums=None, met=None):
         ref: dict[str, Any] = dict(zip((*operands, *outputs), refs, strict=True))
         thread = lax.axis_index("thread")
         place, split = (lax.axis_index("columns"), lax.axis_index("tokens")), lax.axis_index("split")
@@ -97,6 +115,34 @@ def _run(x, weight, bias, residual, config: GemmConfig, interpret):
                 return functools.reduce(jnp.add, pieces)
 
             return [total(part) for part in range(parts)]
+
+        def no_squares():
+            return plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), LAYOUT.reduce(1))
+
+        def inverse_rms():
+            """[64] of this warpgroup's rows, from sums of squares that the product before left."""
+            total = no_squares()
+            for first in range(0, squares.shape[1], SQUARES_AT_ONCE):
+                some = pl.ds(first, min(SQUARES_AT_ONCE, squares.shape[1] - first))
+                source = ref["squares"].at[pl.ds(token + thread * ROWS, ROWS), some]
+                total += plgpu.load(source, layout=LAYOUT, optimized=False).sum(axis=1)
+            return lax.rsqrt(total * (1.0 / size) + epsilon)
+
+        def prepare_norm(y, scale):
+            """Writes y [64, share] times the next norm's weight, scale [share], and each row's sum of squares."""
+            scale = lax.broadcast_in_dim(scale.astype(jnp.float32), y.shape, [1])
+            mosaic.store(scaled_smem.at[pl.ds(thread * ROWS, ROWS)], (y * scale).astype(dtype))
+            if rows % columns:  # columns that the tile before has, too
+                index = plgpu.broadcasted_iota(jnp.int32, y.shape, 1, layout=LAYOUT) + column + split * share
+                y = jnp.where(index >= place[0] * columns, y, 0.0)
+            my_rows = ref["next_squares"].at[pl.ds(token + thread * ROWS, ROWS)]
+            mosaic.store(my_rows.at[:, place[0] * splits + split], (y * y).sum(axis=1))
+            if sums_of_squares % 8:
+
+                @pl.when((place[0] == 0) & (split == 0))
+                def _clear():
+                    for index in range(sums_of_squares, _round_up(sums_of_squares, 8)):
+                        mosaic.store(my_rows.at[:, index], no_squares())
 
         @pl.when(thread == workers)
         def _memory():
@@ -143,10 +189,16 @@ def _run(x, weight, bias, residual, config: GemmConfig, interpret):
                 plgpu.barrier_arrive(free.at[lax.rem(steps - 1, jnp.int32(stages))])
                 return acc[...]
 
+            # Read while the first slots are on their way.
+            inverse = None if squares is None else inverse_rms()
+            if next_norm is not None:
+                scale = plgpu.load(ref["next_norm"].at[mine], layout=LAYOUT.reduce(0), optimized=False)
             acc = pl.run_scoped(accumulate, plgpu.ACC((ROWS, parts * columns), jnp.float32))
             ys = [acc[:, part * columns : (part + 1) * columns] for part in range(parts)]
             if splits > 1:
                 ys = merge(ys)
+            if inverse is not None:
+                ys = [y * lax.broadcast_in_dim(inverse, y.shape, [0]) for y in ys]
             if bias is not None:
                 for part in range(parts):
                     row = plgpu.load(ref["bias"].at[part, mine], layout=LAYOUT.reduce(0), optimized=False)
@@ -158,13 +210,18 @@ def _run(x, weight, bias, residual, config: GemmConfig, interpret):
                 y = y.astype(dtype).astype(jnp.float32) + plgpu.load(
                     place, layout=LAYOUT, optimized=False
                 ).astype(jnp.float32)
-            mosaic.store(place, y.astype(dtype))
+            y = y.astype(dtype)
+            mosaic.store(place, y)
+            if next_norm is not None:
+                prepare_norm(y.astype(jnp.float32), scale)
             plgpu.commit_smem()
             last = held % ROWS or ROWS
 
             def send(count):
-                source = o_smem.at[pl.ds(thread * ROWS, count)]
-                plgpu.copy_smem_to_gmem(source, ref["out"].at[pl.ds(token + thread * ROWS, count), mine])
+                source, target = pl.ds(thread * ROWS, count), pl.ds(token + thread * ROWS, count)
+                plgpu.copy_smem_to_gmem(o_smem.at[source], ref["out"].at[target, mine])
+                if next_norm is not None:
+                    plgpu.copy_smem_to_gmem(scaled_smem.at[source], ref["scaled"].at[target, mine])
 
             if last == ROWS:
                 send(ROWS)
@@ -184,6 +241,8 @@ def _run(x, weight, bias, residual, config: GemmConfig, interpret):
         "free": plgpu.Barrier(**arrivals),
         "res_bar": plgpu.Barrier(),
     }
+    if next_norm is not None:
+        scratch["scaled_smem"] = scratch["o_smem"]
     if splits > 1 and not interpreted:
         scratch["sums"] = mosaic.exchange_buffer(pieces)
     if splits > 1 and interpreted:
@@ -201,4 +260,9 @@ def _run(x, weight, bias, residual, config: GemmConfig, interpret):
         compiler_params=plgpu.CompilerParams(approx_math=True),
         interpret=interpret,
     )
-    return launch(*operands.values())[0]
+    results = dict(zip(outputs, launch(*operands.values()), strict=True))
+    return results["out"], results.get("scaled"), results.get("next_squares")
+
+
+def _round_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple

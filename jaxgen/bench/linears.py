@@ -23,13 +23,17 @@ from jaxgen.layers.mlp import GatedMLP
 from jaxgen.layers.norm import RMSNorm
 from jaxgen.layers.quantization import SCHEMES, UNQUANTIZED, quantize, scheme_named
 from jaxgen.models.config import ModelConfig
+from kernels_pallas import NormInput
 from kernels_pallas.timing import L2_BYTES, compiled_seconds
 
 CHAINED = 4  # layers in one program: a launch and the host's share weigh little
 
 
 class LayerProducts(nnx.Module):
-    """A decoder layer without its attention: norm, qkv, out, norm, gate and up, down, residuals."""
+    """A decoder layer without its attention: norm, qkv, out, norm, gate and up, down, residuals.
+
+    Its own first norm stands for that of the next layer.
+    """
 
     def __init__(self, config: ModelConfig, dtype: Any, quantization: str):
         linear = linear_maker(scheme_named(quantization))
@@ -42,9 +46,9 @@ class LayerProducts(nnx.Module):
         self.mlp_norm = RMSNorm(hidden, config.rms_norm_eps, dtype)
         self.mlp = GatedMLP(hidden, config.intermediate_size, dtype, linear=linear)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        x = self.out(self.qkv(x, norm=self.attention_norm)[:, : self.heads], residual=x)
-        return self.mlp(x, self.mlp_norm)
+    def __call__(self, x: NormInput) -> NormInput:
+        heads = self.qkv(x, norm=self.attention_norm)[:, : self.heads]
+        return self.mlp(self.out.to_norm(heads, self.mlp_norm, x.rows), self.mlp_norm, self.attention_norm)
 
 
 def random_layer(config: ModelConfig, dtype: Any, quantization: str, key: jax.Array) -> Any:
@@ -77,9 +81,10 @@ class Case:
         graphdef = nnx.graphdef(nnx.eval_shape(lambda: LayerProducts(config, dtype, quantization)))
 
         def chain(x, *layers):
+            x = NormInput(x)
             for i in range(CHAINED):
                 x = nnx.merge(graphdef, layers[i % len(layers)])(x)
-            return x
+            return x.rows
 
         args = (jax.random.normal(jax.random.key(1), (tokens, config.hidden_size), dtype), *layers)
         options = None

@@ -14,7 +14,7 @@ from jaxgen.layers.linear import Linear, LinearMaker
 from jaxgen.layers.norm import RMSNorm
 from jaxgen.layers.param import TENSOR_AXIS, LogicalAxes
 from jaxgen.layers.rope import apply_rope
-from kernels_pallas import Implementation, paged_decode_update, ragged_prefill, write_kv
+from kernels_pallas import Implementation, NormInput, paged_decode_update, ragged_prefill, write_kv
 from kernels_pallas.reference import rms_norm
 
 KVPages = list[tuple[jax.Array, jax.Array]]
@@ -200,18 +200,23 @@ class Attention(nnx.Module):
 
     def __call__(
         self,
-        x: jax.Array,
+        x: NormInput,
         cos: jax.Array,
         sin: jax.Array,
         k_pages: jax.Array,
         v_pages: jax.Array,
         batch: AttentionBatch,
         norm: RMSNorm,
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """x [T, D], cos and sin [T, rotary_dim / 2]; returns x + attention(norm(x)) [T, D] and the updated pages."""
+        next_norm: RMSNorm,
+    ) -> tuple[NormInput, jax.Array, jax.Array]:
+        """x [T, D], cos and sin [T, rotary_dim / 2]; returns x + attention(norm(x)) [T, D] and the updated pages.
+
+        `next_norm` is the norm that reads the result.
+        """
         qkv = self.qkv(x, norm=norm)  # [T, K, G + 2, H]
         o, k_pages, v_pages = self._attend(qkv, cos, sin, k_pages, v_pages, batch)
-        return self.out(o.reshape(x.shape[0], -1), residual=x), k_pages, v_pages
+        x = self.out.to_norm(o.reshape(o.shape[0], -1), next_norm, x.rows)
+        return x, k_pages, v_pages
 
     def _attend(self, qkv, cos, sin, k_pages, v_pages, batch):
         attend: Callable = attend_decode if isinstance(batch, DecodeBatch) else attend_prefill

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from jaxgen.layers.norm import RMSNorm
 from jaxgen.layers.param import TENSOR_AXIS, LogicalAxes, param
 from jaxgen.layers.quantization import Scheme, quantize
-from kernels_pallas import fused_linear
+from kernels_pallas import NormInput, fused_linear, fused_linear_to_norm
 
 
 class Linear(nnx.Module):
@@ -47,7 +47,7 @@ class Linear(nnx.Module):
         self.is_plain = not is_sharded  # a kernel is opaque to the partitioner
 
     def __call__(
-        self, x: jax.Array, *, norm: RMSNorm | None = None, residual: jax.Array | None = None
+        self, x: jax.Array | NormInput, *, norm: RMSNorm | None = None, residual: jax.Array | None = None
     ) -> jax.Array:
         """`residual` plus the layer's output for x [T, in_size], normalised first: [T, *out_shape] in x's dtype."""
         if self.is_plain:
@@ -61,10 +61,18 @@ class Linear(nnx.Module):
                 gated=self.gated,
                 residual=residual,
             )
-        y = self._product(x if norm is None else norm(x))
+        rows = x.rows if isinstance(x, NormInput) else x
+        y = self._product(rows if norm is None else norm(rows))
         if self.gated:
             y = jax.nn.silu(y[:, 0]) * y[:, 1]
         return y if residual is None else residual + y
+
+    def to_norm(self, x: jax.Array, next_norm: RMSNorm, residual: jax.Array) -> NormInput:
+        """`residual` plus the output for x [T, in_size], [T, out_size], for `next_norm` to read."""
+        if not self.is_plain:
+            return NormInput(self(x, residual=residual))
+        bias = None if self.bias is None else self.bias[...]
+        return fused_linear_to_norm(x, self.weight[...], next_norm.weight[...], bias=bias, residual=residual)
 
     def _product(self, x: jax.Array) -> jax.Array:
         weight = self.weight[...]

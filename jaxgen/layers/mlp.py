@@ -1,12 +1,12 @@
 """Feed-forward block."""
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
 from jaxgen.layers.linear import Linear, LinearMaker
 from jaxgen.layers.norm import RMSNorm
+from kernels_pallas import NormInput
 
 
 class GatedMLP(nnx.Module):
@@ -34,6 +34,6 @@ class GatedMLP(nnx.Module):
         )
         self.down = linear((hidden_size,), intermediate_size, ("embed", "mlp"), dtype, bias=bias, mesh=mesh)
 
-    def __call__(self, x: jax.Array, norm: RMSNorm) -> jax.Array:
-        """`x` [T, D] -> x + the block's output for norm(x), [T, D]."""
-        return self.down(self.gate_up(x, norm=norm), residual=x)
+    def __call__(self, x: NormInput, norm: RMSNorm, next_norm: RMSNorm) -> NormInput:
+        """x [T, D] -> x + the block's output for norm(x), [T, D], for `next_norm` to read."""
+        return self.down.to_norm(self.gate_up(x, norm=norm), next_norm, x.rows)

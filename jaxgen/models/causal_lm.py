@@ -18,6 +18,7 @@ from jaxgen.layers.rope import rope_cos_sin
 from jaxgen.models.config import ModelConfig
 from jaxgen.models.hf_config import HFConfig
 from jaxgen.models.weights import Part, WeightSource
+from kernels_pallas import NormInput
 
 
 class DecoderLayer(nnx.Module):
@@ -60,22 +61,26 @@ class DecoderLayer(nnx.Module):
 
     def __call__(
         self,
-        x: jax.Array,
+        x: NormInput,
         cos: jax.Array,
         sin: jax.Array,
         k_pages: jax.Array,
         v_pages: jax.Array,
         batch: AttentionBatch,
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """x [T, D] -> [T, D] and the updated pages."""
-        x, k_pages, v_pages = self.attention(x, cos, sin, k_pages, v_pages, batch, self.attention_norm)
-        return self.mlp(x, self.mlp_norm), k_pages, v_pages
+        next_norm: RMSNorm,
+    ) -> tuple[NormInput, jax.Array, jax.Array]:
+        """x [T, D] -> [T, D], for `next_norm` to read, and the updated pages."""
+        x, k_pages, v_pages = self.attention(
+            x, cos, sin, k_pages, v_pages, batch, self.attention_norm, self.mlp_norm
+        )
+        return self.mlp(x, self.mlp_norm, next_norm), k_pages, v_pages
 
 
 @partial(jax.jit, static_argnums=0)
 def _run_layer(graphdef, state, x, cos, sin, k_pages, v_pages, batch):
-    """One decoder layer. Layers of equal structure are traced and lowered once; XLA inlines every call."""
-    return nnx.merge(graphdef, state)(x, cos, sin, k_pages, v_pages, batch)
+    """A decoder layer and the norm after it. Those of equal structure are traced and lowered once; XLA inlines them."""
+    layer, next_norm = nnx.merge(graphdef, state)
+    return layer(x, cos, sin, k_pages, v_pages, batch, next_norm)
 
 
 class CausalLM(nnx.Module):
@@ -119,14 +124,15 @@ class CausalLM(nnx.Module):
         Returns:
             hidden [T, D] after the final norm, and the updated pages.
         """
-        x = self.embed(tokens)  # [T, D]
+        x = NormInput(self.embed(tokens))  # [T, D]
+        next_norms = [*(layer.attention_norm for layer in self.layers[1:]), self.norm]
         cos, sin = rope_cos_sin(self.config.rope, positions)
         pages = []
-        for layer, (k_pages, v_pages) in zip(self.layers, kv, strict=True):
-            graphdef, state = nnx.split(layer)
+        for layer, next_norm, (k_pages, v_pages) in zip(self.layers, next_norms, kv, strict=True):
+            graphdef, state = nnx.split((layer, next_norm))
             x, k_pages, v_pages = _run_layer(graphdef, state, x, cos, sin, k_pages, v_pages, batch)
             pages.append((k_pages, v_pages))
-        return self.norm(x), pages
+        return self.norm(x.rows), pages
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Hidden rows [R, D] -> [R, V] float32."""
