@@ -14,6 +14,7 @@ from kernels_pallas.ops import (
     sample,
     write_kv,
 )
+from kernels_pallas.rope_ops import rope_and_write
 
 __all__ = [
     "Implementation",
@@ -27,6 +28,7 @@ __all__ = [
     "paged_decode",
     "paged_decode_update",
     "ragged_prefill",
+    "rope_and_write",
     "sample",
     "write_kv",
 ]

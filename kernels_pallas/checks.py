@@ -41,16 +41,26 @@ def check_attention(q, k_pages, v_pages, page_table, lengths, window, softcap, s
 def check_update(
     qkv, k_pages, v_pages, page_table, lengths, cos, sin, q_norm, k_norm, window, softcap, sinks
 ) -> None:
-    if qkv.ndim != 4 or qkv.shape[2] < 3 or qkv.shape[0] != page_table.shape[0]:
-        raise ValueError(f"qkv must be [B={page_table.shape[0]}, K, G + 2, H], got {qkv.shape}")
+    check_heads(qkv, k_pages, v_pages, cos, sin, q_norm, k_norm)
     num_lanes, num_kv_heads, rows, head_dim = qkv.shape
+    if num_lanes != page_table.shape[0]:
+        raise ValueError(f"qkv must be [B={page_table.shape[0]}, K, G + 2, H], got {qkv.shape}")
     q = jax.ShapeDtypeStruct((num_lanes, num_kv_heads * (rows - 2), head_dim), qkv.dtype)
     check_attention(q, k_pages, v_pages, page_table, lengths, window, softcap, sinks)
-    if k_pages.shape[1] != num_kv_heads:
-        raise ValueError(f"qkv has {num_kv_heads} kv heads, the pages {k_pages.shape[1]}")
-    if cos.shape != sin.shape or cos.ndim != 2 or cos.shape[0] != num_lanes or 2 * cos.shape[1] > head_dim:
+
+
+def check_heads(qkv, k_pages, v_pages, cos, sin, q_norm, k_norm) -> None:
+    """What a projection needs to be normalised, rotated and stored."""
+    check_pages(k_pages, v_pages)
+    _, num_kv_heads, _, head_dim = k_pages.shape
+    if qkv.ndim != 4 or qkv.shape[2] < 3 or qkv.shape[3] != head_dim:
+        raise ValueError(f"qkv must be [tokens, K, G + 2, H={head_dim}], got {qkv.shape}")
+    if qkv.shape[1] != num_kv_heads:
+        raise ValueError(f"qkv has {qkv.shape[1]} kv heads, the pages {num_kv_heads}")
+    num_tokens = qkv.shape[0]
+    if cos.shape != sin.shape or cos.ndim != 2 or cos.shape[0] != num_tokens or 2 * cos.shape[1] > head_dim:
         raise ValueError(
-            f"cos and sin must be [B={num_lanes}, rotary_dim / 2 <= {head_dim // 2}], "
+            f"cos and sin must be [{num_tokens}, rotary_dim / 2 <= {head_dim // 2}], "
             f"got {cos.shape} and {sin.shape}"
         )
     if (q_norm is None) != (k_norm is None):

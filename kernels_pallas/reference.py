@@ -77,13 +77,23 @@ def prepare_heads(
     qk, v = qkv[:, :, :-1], qkv[:, :, -1]
     if q_norm is not None and k_norm is not None:
         qk = rms_norm(qk, jnp.stack([q_norm] * (rows - 2) + [k_norm]), epsilon)  # weight [G + 1, H]
-    half = cos.shape[-1]
-    cos, sin = cos[:, None, None], sin[:, None, None]
-    qk32 = qk.astype(jnp.float32)
-    first, second, rest = qk32[..., :half], qk32[..., half : 2 * half], qk32[..., 2 * half :]
-    rotated = [first * cos - second * sin, second * cos + first * sin, rest]
-    qk = jnp.concatenate(rotated, axis=-1).astype(qk.dtype)
+    qk = rotate(qk, cos, sin)
     return qk[:, :, :-1].reshape(num_lanes, -1, head_dim), qk[:, :, -1], v
+
+
+def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Rotary position embedding of x [T, ..., H] by cos, sin [T, rotary_dim / 2].
+
+    Dimension i pairs with i + rotary_dim / 2; those beyond rotary_dim pass through. float32 inside, dtype
+    of `x` outside.
+    """
+    half = cos.shape[-1]
+    shape = (cos.shape[0], *(1,) * (x.ndim - 2), half)
+    cos, sin = cos.reshape(shape), sin.reshape(shape)
+    x32 = x.astype(jnp.float32)
+    first, second, rest = x32[..., :half], x32[..., half : 2 * half], x32[..., 2 * half :]
+    rotated = [first * cos - second * sin, second * cos + first * sin, rest]
+    return jnp.concatenate(rotated, axis=-1).astype(x.dtype)
 
 
 def last_slots(page_table: jax.Array, lengths: jax.Array, page_size: int) -> jax.Array:

@@ -13,9 +13,7 @@ from jax.sharding import PartitionSpec as P
 from jaxgen.layers.linear import Linear, LinearMaker
 from jaxgen.layers.norm import RMSNorm
 from jaxgen.layers.param import TENSOR_AXIS, LogicalAxes
-from jaxgen.layers.rope import apply_rope
-from kernels_pallas import Implementation, NormInput, paged_decode_update, ragged_prefill, write_kv
-from kernels_pallas.reference import rms_norm
+from kernels_pallas import Implementation, NormInput, paged_decode_update, ragged_prefill, rope_and_write
 
 KVPages = list[tuple[jax.Array, jax.Array]]
 """Per layer (k_pages, v_pages), each [P, K, S, H]."""
@@ -128,17 +126,23 @@ def attend_prefill(
     backends: AttentionBackends = AUTOMATIC,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """As `attend_decode`, for packed prompts: qkv [T, K, G + 2, H] gives o [T, K, G, H]."""
-    qk, v = qkv[:, :, :-1], qkv[:, :, -1]
-    group = qk.shape[2] - 1
-    if norms is not None:
-        q_norm, k_norm = norms
-        qk = rms_norm(qk, jnp.stack([q_norm] * group + [k_norm]), epsilon)  # weight [G + 1, H]
-    qk = apply_rope(qk, cos, sin)  # q and k together: one kernel instead of two
-    q, k = qk[:, :, :-1], qk[:, :, -1]
+    q_norm, k_norm = norms or (None, None)
     scales = {"k_scale": kv_scale, "v_scale": kv_scale}
-    k_pages, v_pages = write_kv(k_pages, v_pages, k, v, batch.slots, **scales)
+    q, k_pages, v_pages = rope_and_write(
+        qkv,
+        k_pages,
+        v_pages,
+        batch.slots,
+        cos,
+        sin,
+        q_norm=q_norm,
+        k_norm=k_norm,
+        epsilon=epsilon,
+        **scales,
+        implementation=backends.prefill,
+    )
     o = ragged_prefill(
-        q.reshape(q.shape[0], -1, q.shape[-1]),  # [T, N, H]
+        q,
         k_pages,
         v_pages,
         batch.page_table,
@@ -148,7 +152,8 @@ def attend_prefill(
         **scales,
         implementation=backends.prefill,
     )
-    return o.reshape(q.shape), k_pages, v_pages
+    tokens, kv_heads, rows, head_dim = qkv.shape
+    return o.reshape(tokens, kv_heads, rows - 2, head_dim), k_pages, v_pages
 
 
 class Attention(nnx.Module):

@@ -136,18 +136,3 @@ def _dynamic_frequencies(config: RopeConfig, scaling: DynamicScaling, positions:
     theta = config.theta * stretch ** (dim / (dim - 2))
     exponents = np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)
     return theta[:, None] ** -exponents
-
-
-def apply_rope(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rotate `x` [T, ..., H] by `cos`, `sin` [T, rotary_dim / 2].
-
-    Dimension i pairs with i + rotary_dim / 2; those beyond rotary_dim pass through. float32 inside, dtype
-    of `x` outside.
-    """
-    half = cos.shape[-1]
-    shape = (cos.shape[0], *(1,) * (x.ndim - 2), half)
-    cos, sin = cos.reshape(shape), sin.reshape(shape)
-    x32 = x.astype(jnp.float32)
-    first, second, rest = x32[..., :half], x32[..., half : 2 * half], x32[..., 2 * half :]
-    rotated = [first * cos - second * sin, second * cos + first * sin, rest]
-    return jnp.concatenate(rotated, axis=-1).astype(x.dtype)

@@ -31,6 +31,9 @@ CALLS = {
     "ragged_prefill": (
         spec(64, 14, 64), spec(*PAGES), spec(*PAGES), integers(4, 8), integers(5), integers(4),
     ),
+    "rope_and_write": (
+        spec(64, 2, 9, 64), spec(*PAGES), spec(*PAGES), integers(64), floats(64, 32), floats(64, 32),
+    ),
     "sample": (
         floats(4, 4096), floats(4), integers(4), floats(4), floats(4), integers(4), integers(4),
     ),

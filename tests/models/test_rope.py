@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxgen.layers.rope import RopeConfig, apply_rope, inverse_frequencies, rope_cos_sin
+from jaxgen.layers.rope import RopeConfig, inverse_frequencies, rope_cos_sin
 from jaxgen.models.hf_config import HFConfig, read_rope
+from kernels_pallas.reference import rotate as rotate_by
 from tests.models.harness import GOLDEN, read_json
 
 TABLE = read_json(GOLDEN / "rope.json")
@@ -44,7 +45,7 @@ def test_scores_depend_on_distance_only_and_the_rest_of_the_head_passes_through(
     rope = RopeConfig(10000.0, rotary_dim=8)
 
     def rotate(x, position):
-        return apply_rope(x, *rope_cos_sin(rope, jnp.array([position])))
+        return rotate_by(x, *rope_cos_sin(rope, jnp.array([position])))
 
     def score(q_position, k_position):
         return jnp.sum(rotate(q, q_position)[..., :8] * rotate(k, k_position)[..., :8], -1)
@@ -57,4 +58,4 @@ def test_scores_depend_on_distance_only_and_the_rest_of_the_head_passes_through(
 def test_result_keeps_the_compute_dtype():
     cos, sin = rope_cos_sin(RopeConfig(10000.0, 8), jnp.arange(4))
     assert cos.dtype == sin.dtype == jnp.float32
-    assert apply_rope(jnp.ones((4, 2, 3, 8), jnp.bfloat16), cos, sin).dtype == jnp.bfloat16
+    assert rotate_by(jnp.ones((4, 2, 3, 8), jnp.bfloat16), cos, sin).dtype == jnp.bfloat16
