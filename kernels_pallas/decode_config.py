@@ -113,10 +113,6 @@ def unsupported(q: jax.Array, k_pages: jax.Array, v_pages: jax.Array) -> str | N
 def unsupported_update(rotary_dim: int, k_pages: jax.Array) -> str | None:
     """Why the kernel cannot rotate by that many dimensions and store the token; None if it can."""
     head_dim = k_pages.shape[3]
-    # The kernel's own 8-bit write was wrong on a GPU for copies of six rows of 128, and has not run there since
-    # `tile_rows.row_major` came in.
-    if k_pages.dtype.itemsize == 1:
-        return "the pages are 8-bit"
     if rotary_dim % 64 or (head_dim - rotary_dim) % 32:
         return f"rotary_dim {rotary_dim} is not a multiple of 64"
     return None

@@ -282,6 +282,7 @@ FEATURES = {"window": 500, "softcap": 20.0, "with_sinks": True}
         ((32, 8), 128, 64, (0.5, 2.0), FEATURES),
         ((14, 2), 64, 16, (0.5, 2.0), {}),
         ((8, 4), 256, 32, (0.5, 2.0), {}),
+        ((9, 3), 64, 64, (0.5, 2.0), {}),
     ],
 )
 def test_kernel_on_the_gpu_is_softmax_attention(heads, head_dim, page_size, scales, options):
@@ -296,7 +297,7 @@ def test_kernel_on_the_gpu_is_softmax_attention(heads, head_dim, page_size, scal
     want = oracle.decode(q, kv, sinks=sinks, **options)
     norms = {} if case.norms is None else {"q_norm": case.norms[0], "k_norm": case.norms[1]}
     options |= {"sinks": sinks, "k_scale": scales and scales[0], "v_scale": scales and scales[1]}
-    options["implementation"] = "mosaic" if scales is None else None  # XLA stores the token in 8-bit pages
+    options["implementation"] = "mosaic"
     o, *pages = paged_decode_update(
         case.qkv,
         *pages,
@@ -361,8 +362,7 @@ def test_deterministic_lane_on_the_gpu_has_the_same_bits_alone_and_in_any_batch(
     heads, head_dim, page_dtype, options
 ):
     case = random_update(GPU_LENGTHS * 20, *heads, head_dim, 64, dtype=BFLOAT16, page_dtype=page_dtype)
-    implementation = "mosaic" if page_dtype is BFLOAT16 else None  # XLA stores the token in 8-bit pages
-    options = options | {"deterministic": True, "implementation": implementation}
+    options = options | {"deterministic": True, "implementation": "mosaic"}
     pages = [jnp.asarray(x) for x in (case.kv.k_pages, case.kv.v_pages)]
 
     @jax.jit
