@@ -46,6 +46,17 @@ def test_interpreted_kernel_is_the_product_and_has_no_races(case, flags):
     assert oracle.relative_error(got, expected(x, weight, **keywords)) < 1e-2
 
 
+@pytest.mark.parametrize(
+    "shape", [(1, 896, 4864), (1, 3584, 18944), (2, 18944, 3584), (1, 4096, 14336), (2, 1536, 576)]
+)
+def test_a_slot_arrives_while_another_is_multiplied(shape):
+    parts, _, columns = shape
+    ring = gemv_kernel._ring(shape, 132)
+    assert ring.stages >= 2 and columns % ring.chunk == 0 and ring.chunk % 64 == 0
+    held = ring.stages * parts * gemv_kernel.GROUP * ring.chunk * 2 + columns * 2
+    assert held <= gemv_kernel.SHARED_BYTES
+
+
 @pytest.mark.parametrize("name", SHAPES)
 def test_default_configuration_lowers_for_hopper(name):
     for size, out, chosen in products(name):
