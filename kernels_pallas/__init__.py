@@ -1,5 +1,6 @@
 """Attention, KV-cache and sampling kernels for paged LLM inference. Depends on jax alone."""
 
+from kernels_pallas.head_ops import head_sample
 from kernels_pallas.layer_ops import fused_linear, fused_linear_to_norm
 from kernels_pallas.norm_input import NormInput
 from kernels_pallas.ops import (
@@ -24,6 +25,7 @@ __all__ = [
     "fused_linear",
     "fused_linear_to_norm",
     "gumbel_noise",
+    "head_sample",
     "log_probabilities",
     "paged_decode",
     "paged_decode_update",

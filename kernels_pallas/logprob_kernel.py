@@ -91,6 +91,7 @@ def _merge(part: RowPart, top_n: int, put):
 
 
 def _report(part: RowPart, tokens_ref, factor_ref, values_ref, ids_ref, chosen_ref, normaliser_ref, *, top_n):
+    part.fetch()
     factor = factor_ref[part.lane]
     maximum, total, best, tokens = _best_of_places(part, factor)
     _collect(part, best, tokens, top_n)

@@ -303,6 +303,7 @@ def sample(
     seeds: jax.Array,
     positions: jax.Array,
     *,
+    greedy_tokens: jax.Array | None = None,
     implementation: Implementation | None = None,
 ) -> jax.Array:
     """Draw one token per lane: temperature, top-k with top-p, min-p, then a seeded Gumbel draw; no sort.
@@ -318,6 +319,7 @@ def sample(
         top_p, min_p: [B] float32 in [0, 1]; 1 and 0 keep all.
         seeds: [B] int32 or uint32.
         positions: [B] int32.
+        greedy_tokens: [B] int32, what greedy lanes draw, where it is known: their logits are not looked at.
         implementation: as in `paged_decode`.
 
     Returns:
@@ -336,15 +338,15 @@ def sample(
         "seeds": seeds,
         "positions": positions,
     }
-    for name, option in options.items():
-        if option.shape != logits.shape[:1]:
+    for name, option in (options | {"greedy_tokens": greedy_tokens}).items():
+        if option is not None and option.shape != logits.shape[:1]:
             raise ValueError(f"{name} must be [B] = {logits.shape[:1]}, got {option.shape}")
     kernel = runs_kernel("sample", implementation, sample_kernel.unsupported(logits))
     draw = sample_kernel.sample if kernel else reference.sample
     # Into range, and so into buffers of their own: see _in_own_buffers.
     top_k = jnp.maximum(top_k, 1)
     top_p, min_p = jnp.clip(top_p, 0.0, 1.0), jnp.clip(min_p, 0.0, 1.0)
-    return draw(logits, temperature, top_k, top_p, min_p, seeds, positions)
+    return draw(logits, temperature, top_k, top_p, min_p, seeds, positions, greedy_tokens)
 
 
 def log_probabilities(

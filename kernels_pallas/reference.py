@@ -341,6 +341,7 @@ def sample(
     min_p: jax.Array,
     seeds: jax.Array,
     positions: jax.Array,
+    greedy_tokens: jax.Array | None = None,
 ) -> jax.Array:
     """One token per lane. See `kernels_pallas.sample`.
 
@@ -383,7 +384,8 @@ def sample(
 
     best = _first_argmax(logits)
     tokens = jnp.where(greedy, best, lax.cond(greedy.all(), lambda: best, draw))
-    return jnp.where(bad, -1, tokens)
+    tokens = jnp.where(bad, -1, tokens)
+    return tokens if greedy_tokens is None else jnp.where(greedy, greedy_tokens, tokens)
 
 
 def _first_argmax(x: jax.Array) -> jax.Array:

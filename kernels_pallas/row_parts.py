@@ -207,7 +207,8 @@ def launch(
 ) -> Any:
     """Run body(part: RowPart, *refs of operands, outputs, own) by a cluster per lane of the logits [B, V].
 
-    outputs: their (shape, dtype); report_size: the float32 scalars of an exchange; own: shared memory of the body.
+    The body begins with `part.fetch()`, unless its lane has nothing to do. outputs: their (shape, dtype);
+    report_size: the float32 scalars of an exchange; own: shared memory of the body.
     """
 
     results = [mosaic.out_like(*output, logits, *operands) for output in outputs]
@@ -228,7 +229,6 @@ def launch(
         given, exchange = refs[:count], refs[count : len(operands) + len(results)]
         mine = refs[len(operands) + len(results) :]
         part = RowPart(cut, logits_ref, *mine[len(own) : len(own) + 4], *exchange, *mine[len(own) + 4 :])
-        part.fetch()
         body(part, *given, *mine[: len(own)])
 
     return plgpu.kernel(

@@ -34,9 +34,12 @@ TYPICAL = 700  # tokens above the largest third logit of a place, of a row in 8 
 unsupported = row_parts.unsupported
 
 
-def sample(logits, temperature, top_k, top_p, min_p, seeds, positions):
-    """`kernels_pallas.sample` by the kernel; logits that `unsupported` accepts."""
-    operands = (logits, temperature, top_k, top_p, min_p, seeds, positions)
+def sample(logits, temperature, top_k, top_p, min_p, seeds, positions, greedy_tokens=None):
+    """`kernels_pallas.sample` by the kernel; logits that `unsupported` accepts.
+
+    greedy_tokens: [B] int32, where they are known: then the logits of greedy lanes are not looked at.
+    """
+    operands = (logits, temperature, top_k, top_p, min_p, seeds, positions, greedy_tokens)
     shape = {"num_lanes": logits.shape[0], "vocab_size": logits.shape[1]}
     return _sample(*operands, tuning.config_for("sample", shape, Cut(logits.shape[1]), candidates), None)
 
@@ -278,17 +281,32 @@ def _drawn(row: _Sampler):
     return jnp.where(bad, -1, jnp.where(none, 0, token))
 
 
-def _draw(part: RowPart, options, out_ref, *leader_refs):
-    row = _Sampler(part, options, _Leaders(*leader_refs))
-    token = lax.cond(row.greedy, functools.partial(_largest, row), functools.partial(_drawn, row))
+def _draw(part: RowPart, options, *refs, known: bool):
+    *known_refs, out_ref, leaders, trips = refs
+    row = _Sampler(part, options, _Leaders(leaders, trips))
 
-    @pl.when(part.part == 0)
-    def _store():
-        out_ref[part.lane] = token
+    def store(token):
+        @pl.when(part.part == 0)
+        def _store():
+            out_ref[part.lane] = token
+
+    if not known:
+        part.fetch()
+        store(lax.cond(row.greedy, functools.partial(_largest, row), functools.partial(_drawn, row)))
+        return
+
+    @pl.when(row.greedy)
+    def _known():
+        store(known_refs[0][part.lane])
+
+    @pl.when(~row.greedy)
+    def _unknown():
+        part.fetch()
+        store(_drawn(row))
 
 
 @lower_once("cut", "interpret")
-def _sample(logits, temperature, top_k, top_p, min_p, seeds, positions, cut, interpret):
+def _sample(logits, temperature, top_k, top_p, min_p, seeds, positions, greedy_tokens, cut, interpret):
     num_lanes, vocab_size = logits.shape
     greedy = temperature <= 0.0
     weighs = (top_k < vocab_size) | (top_p < 1.0)
@@ -300,7 +318,11 @@ def _sample(logits, temperature, top_k, top_p, min_p, seeds, positions, cut, int
     # One array, in one type that holds all of it, costs one kernel to make.
     numbers = [jnp.minimum(factor, 1e30), jnp.clip(top_k, 1, NO_TOKEN), top_p, jnp.minimum(min_p, 1.0)]
     options = [*numbers, greedy, keeps_all, weighs, leads, *halves]
-    operands = (jnp.stack([option.astype(jnp.float32) for option in options]),)
+    operands = [jnp.stack([option.astype(jnp.float32) for option in options])]
+    known = greedy_tokens is not None
+    if known:
+        operands.append(greedy_tokens)
     outputs = [((num_lanes,), jnp.int32)]
     leaders = [plgpu.SMEM((2, cut.chunk), dtype) for dtype in (jnp.float32, jnp.int32)]
-    return row_parts.launch(_draw, cut, logits, operands, outputs, 5, interpret, leaders)[0]
+    body = functools.partial(_draw, known=known)
+    return row_parts.launch(body, cut, logits, operands, outputs, 5, interpret, leaders)[0]

@@ -116,8 +116,26 @@ def edit_logits(logits: jax.Array, counts: jax.Array, params: RowParams, *, skip
 
 def draw(logits: jax.Array, params: RowParams) -> jax.Array:
     """Next tokens [B] int32 from edited logits [B, V] float32; -1 marks a row with NaN."""
-    return kernels_pallas.sample(
-        logits,
+    return kernels_pallas.sample(logits, *_options(params))
+
+
+def draw_by_head(
+    hidden: jax.Array, weight: jax.Array, params: RowParams, real: jax.Array, *, logprobs: bool
+) -> tuple[jax.Array, jax.Array]:
+    """Next tokens [B] int32 of hidden rows [B, D] under a head [V, D]; -1 marks a row with NaN.
+
+    Also logits [B, V] float32, in which `real` rows that are sampled or, with `logprobs`, want log-probabilities are
+    filled in; others may hold anything.
+    """
+    temperature, *options = _options(params)
+    wanted = real & params.wants(L.LOGPROBS) if logprobs else None
+    return kernels_pallas.head_sample(
+        hidden, weight, jnp.where(real, temperature, 0.0), *options, wanted=wanted
+    )
+
+
+def _options(params: RowParams) -> tuple[jax.Array, ...]:
+    return (
         params.floats[:, L.TEMPERATURE],
         params.ints[:, L.TOP_K],
         params.floats[:, L.TOP_P],

@@ -182,11 +182,17 @@ def prefill_step(spec: StepSpec, tokens: int, rows: int, variant: Variant) -> Ca
 
 def _sample(spec: StepSpec, variant: Variant, model, hidden, params, counts, rows, real):
     """Draws a token for each of the B rows of hidden [B, D]; counts the real ones of penalised rows."""
-    logits = spec.logits(model, hidden)  # [B, V] float32
     if variant.edits:
         in_range = jnp.minimum(rows, counts.shape[0] - 1)
+        logits = spec.logits(model, hidden)  # [B, V] float32
         logits = sampler.edit_logits(logits, counts[in_range], params, skips=spec.skips)
-    drawn = sampler.draw(logits, params)
+        drawn = sampler.draw(logits, params)
+    elif spec.logits_sharding is not None:  # a kernel is opaque to the partitioner
+        logits = spec.logits(model, hidden)
+        drawn = sampler.draw(logits, params)
+    else:
+        weight = model.head.weight[...]
+        drawn, logits = sampler.draw_by_head(hidden, weight, params, real, logprobs=variant.logprobs)
     logprobs = None
     if variant.logprobs:
         logprobs = sampler.output_log_probabilities(

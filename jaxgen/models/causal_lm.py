@@ -134,10 +134,14 @@ class CausalLM(nnx.Module):
             pages.append((k_pages, v_pages))
         return self.norm(x.rows), pages
 
+    @property
+    def head(self) -> Embed:
+        """What makes logits of hidden vectors: the embedding, where both are tied."""
+        return self.embed if self.lm_head is None else self.lm_head
+
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Hidden rows [R, D] -> [R, V] float32."""
-        head = self.embed if self.lm_head is None else self.lm_head
-        return head.logits(hidden)
+        return self.head.logits(hidden)
 
     @classmethod
     def family_fields(cls, config: HFConfig) -> dict[str, Any]:

@@ -210,3 +210,34 @@ def test_repetition_penalty_divides_positive_and_multiplies_negative_logits_afte
     edited = np.asarray(sampler.edit_logits(logits, counts, row_params(requests, 3), skips=True))
     np.testing.assert_array_equal(edited[0, :4], [1.0, -0.5, 3.0, -9.0])
     assert L.PENALTIES & int(row_params(requests, 3).ints[0, L.MODE])
+
+
+@settings(max_examples=10, deadline=None)
+@given(seed=st.integers(0, 1000))
+def test_steps_without_edits_draw_and_report_what_the_full_one_does(seed):
+    rng = np.random.default_rng(seed)
+    weight = jnp.asarray(rng.normal(size=(V, 8)), jnp.float32)
+    hidden = jnp.asarray(rng.normal(size=(ROWS, 8)), jnp.float32)
+    spec = SimpleNamespace(
+        logits=lambda model, hidden: hidden @ weight.T,
+        logits_sharding=None,
+        original_logprobs=False,
+        skips=False,
+    )
+    model = SimpleNamespace(head=SimpleNamespace(weight=weight))
+    options = [{"temperature": 0}, {"top_k": 3}, {"temperature": 0.7, "top_p": 0.6}, {"min_p": 0.2}]
+    params = row_params([make_request(option, row, seed) for row, option in enumerate(options)], 0)
+    rows, counts, real = (
+        jnp.arange(ROWS, dtype=jnp.int32),
+        jnp.zeros((ROWS, V), jnp.int32),
+        jnp.ones(ROWS, bool),
+    )
+
+    def run(variant):
+        drawn, packed, _ = _sample(spec, variant, model, hidden, params, counts, rows, real)
+        return drawn, packed
+
+    tokens, packed = run(FULL)
+    np.testing.assert_array_equal(run(Variant())[0], tokens)
+    np.testing.assert_array_equal(run(Variant(logprobs=True, top_logprobs=V))[0], tokens)
+    np.testing.assert_allclose(run(Variant(logprobs=True, top_logprobs=V))[1], packed, rtol=1e-6)

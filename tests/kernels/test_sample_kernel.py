@@ -38,7 +38,7 @@ def test_interpreted_kernel_draws_what_the_reference_draws(lanes):
     operands = [x[np.array(lanes)] for x in rows(2.0, 1160)]
     params = plgpu.InterpretGPUParams(detect_races=True)
     with no_races():
-        got = sample_kernel._sample(*operands, Cut(1160, 256, 3), params)
+        got = sample_kernel._sample(*operands, None, Cut(1160, 256, 3), params)
     assert np.asarray(got).tolist() == np.asarray(reference.sample(*operands)).tolist()
 
 
@@ -80,7 +80,9 @@ def test_interpreted_kernel_draws_the_noisy_maximum_of_the_kept_tokens(lanes, se
     dtypes = {2: "f4", 3: "i4", 4: "f4", 5: "f4"}
     options = [np.asarray([lane[i] for lane in lanes], dtype) for i, dtype in dtypes.items()]
     seeds = np.arange(4, dtype=np.int32) + seed
-    got = sample_kernel._sample(logits, *options, seeds, seeds, Cut(600, 128, 1), plgpu.InterpretGPUParams())
+    got = sample_kernel._sample(
+        logits, *options, seeds, seeds, None, Cut(600, 128, 1), plgpu.InterpretGPUParams()
+    )
     noise = np.asarray(gumbel_noise(seeds, seeds, 600), np.float64)
     for row, (kind, _, temperature, *truncation) in enumerate(lanes):
         if kind == "bad":
@@ -104,7 +106,7 @@ def test_candidates_of_the_tuner_lower_for_hopper():
     f, i = (jax.ShapeDtypeStruct((4,), dtype) for dtype in (jnp.float32, jnp.int32))
     operands = (jax.ShapeDtypeStruct((4, vocab_size), jnp.float32), f, i, f, f, i, i)
     for cut in sample_kernel.candidates(4, vocab_size):
-        lowered = sample_kernel._sample.trace(*operands, cut, None).lower(lowering_platforms=("cuda",))
+        lowered = sample_kernel._sample.trace(*operands, None, cut, None).lower(lowering_platforms=("cuda",))
         assert "mosaic_gpu" in lowered.as_text()
 
 
