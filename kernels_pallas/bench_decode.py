@@ -1,6 +1,6 @@
 """Speed of decode attention: cases, inputs and timings, alone and with the rope and the KV write."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import jax
@@ -95,7 +95,7 @@ def time_decode(case: DecodeCase, attend: Callable, repeats: int) -> float:
 def time_update(case: DecodeCase, update: Callable, repeats: int) -> float:
     """Seconds of one call of `update(qkv, k_pages, v_pages, page_table, lengths, cos, sin)`, in place."""
     pages, step, tables = decode_inputs(case)
-    calls = max(len(tables), 8)
+    calls = max(len(tables), 24)
 
     def chain(k_pages, v_pages, qkv, lengths, cos, sin, *tables):
         for i in range(calls):  # the pages chain the calls
@@ -106,16 +106,14 @@ def time_update(case: DecodeCase, update: Callable, repeats: int) -> float:
     return seconds_per_call(chain, [*pages, *step, *tables], calls, repeats, donated=2)
 
 
-def bench_decode(repeats: int, rates: dict) -> list[dict]:
+def bench_decode(repeats: int, rates: dict) -> Iterator[dict]:
     """The floor is one read of the keys and values."""
     ops: dict[str, tuple[Callable, Callable]] = {
         "paged_decode": (time_decode, paged_decode),
         "paged_decode_update": (time_update, paged_decode_update),
     }
-    rows = []
     for op, (timing, function) in ops.items():
         for case in DECODE_CASES:
             seconds = timing(case, function, repeats)
             floor = case.kv_bytes / rates["read_bytes_per_s"]
-            rows.append(figure(op, case.name, seconds, floor, target=case.target))
-    return rows
+            yield figure(op, case.name, seconds, floor, target=case.target)

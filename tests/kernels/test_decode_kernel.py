@@ -320,6 +320,27 @@ def test_kernel_on_the_gpu_is_softmax_attention(heads, head_dim, page_size, scal
 
 @gpu
 @hopper
+@pytest.mark.parametrize("page_dtype", [BFLOAT16, FLOAT8])
+def test_many_lanes_of_narrow_heads_on_the_gpu_take_blocks_of_128_tokens(page_dtype):
+    case = random_update(GPU_LENGTHS * 10, 14, 2, 64, 64, dtype=BFLOAT16, page_dtype=page_dtype)
+    assert default_config(60, 2, 7, 64, 4096).block_kv == 128
+    o, *pages = paged_decode_update(
+        case.qkv,
+        *(jnp.asarray(x) for x in (case.kv.k_pages, case.kv.v_pages)),
+        case.kv.page_table,
+        case.kv.lengths,
+        case.cos,
+        case.sin,
+        implementation="mosaic",
+    )
+    q, kv = case.expected()
+    assert oracle.relative_error(o, oracle.decode(q, kv)) < 1e-2
+    for got, expected in zip(pages, (kv.k_pages, kv.v_pages), strict=True):
+        assert_same_pages(np.asarray(got, np.float32), expected)
+
+
+@gpu
+@hopper
 @pytest.mark.parametrize(("heads", "head_dim"), [((32, 8), 128), ((16, 8), 256)])
 def test_lane_alone_on_the_gpu_is_merged_in_a_cluster(heads, head_dim):
     update = jax.jit(functools.partial(paged_decode_update, implementation="mosaic"))
