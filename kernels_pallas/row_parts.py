@@ -137,9 +137,11 @@ class RowPart:
         before this one. Returns (maximum, sum, shift, maxima, state).
         """
         # Weights against the maximum so far would cost another exponential each. The first chunk's maximum
-        # serves as well, unless what follows is so much larger that the sum overflows.
+        # serves as well, unless what follows is so much larger that the sum overflows. A chunk of nothing but
+        # -inf has none, and 0 is in its place: so far from what follows the sum may vanish, too.
         plgpu.barrier_wait(self.arrived.at[0])
-        shift = jnp.maximum(jnp.max(self.load(0)), LOWEST)
+        first = jnp.max(self.load(0))
+        shift = jnp.where(first <= LOWEST, 0.0, first)
 
         def step(i, x, carry):
             maxima, sums, state = carry
@@ -156,7 +158,8 @@ class RowPart:
 
             return jnp.sum(self.fold(add, self.full(0.0)))
 
-        total = lax.cond(total < 1e30, lambda: total * weight(shift, maximum, factor), sum_again)
+        in_range = (total > 1e-20) & (total < 1e30)
+        total = lax.cond(in_range, lambda: total * weight(shift, maximum, factor), sum_again)
         return maximum, total, shift, maxima, state
 
     def report(self, i, value):

@@ -94,7 +94,7 @@ class _Sampler:
 
         maximum, total, shift, _, best = self.part.softmax(self.factor, also, self.nothing())
         score, token = self.winner(best)
-        score += (shift - maximum) * self.factor
+        score = jnp.where(token == NO_TOKEN, LOWEST, score + (shift - maximum) * self.factor)
         return maximum, total, score, token, self.part.value(token)
 
     def fold(self, leading, step: Callable, state):

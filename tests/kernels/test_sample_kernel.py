@@ -54,6 +54,8 @@ def logits_of(kind, scale, rng, vocab_size, chunk):
             x = np.zeros(vocab_size)
         case "masked":  # so few tokens that no place of a chunk has three
             x[rng.permutation(vocab_size)[8:]] = -np.inf
+        case "late":  # nothing in the first chunks
+            x[: 2 * chunk + rng.integers(chunk)] = -np.inf
         case "stacked":  # the largest of all chunks are at one place
             x[rng.integers(chunk) :: chunk] += 10
         case "bad":
@@ -61,10 +63,10 @@ def logits_of(kind, scale, rng, vocab_size, chunk):
     return x.astype(np.float32)
 
 
-KINDS = ["normal", "normal", "peaked", "tied", "equal", "masked", "stacked", "stacked", "bad"]
+KINDS = ["normal", "normal", "peaked", "tied", "equal", "masked", "late", "late", "stacked", "bad"]
 LANES = st.tuples(
     st.sampled_from(KINDS),
-    st.sampled_from([0.1, 1.0, 4.0]),  # of the logits
+    st.sampled_from([0.1, 1.0, 4.0, 300.0]),  # of the logits
     st.sampled_from([0.5, 0.8, 2.0]),  # temperature
     st.sampled_from([1, 3, 5, 12, 32, 33, ALL]),  # top_k; up to 32 begin with the leaders
     st.sampled_from([0.13, 0.93, 1.0]),  # top_p
