@@ -19,9 +19,12 @@ from jax.extend.mlir.dialects import vector
 
 from kernels_pallas import mosaic
 from kernels_pallas.lowering import lower_once
-from kernels_pallas.mosaic import MULTIPROCESSORS, THREADS
+from kernels_pallas.mosaic import THREADS
 
 VECTOR = 8  # values that a thread loads at once
+ROWS_AT_ONCE = (
+    5  # heads whose loads are under way together; 3 and 9 take as long but at 32/8 x 128, where 3 are slower
+)
 LARGEST = 448.0  # of float8_e4m3fn
 
 _PUT = """{{
@@ -77,15 +80,6 @@ class Tile:
         return plgpu.Layout.TILED(tiling, (-5,), (-3, -2), -1)
 
 
-def rows_at_once(blocks: int) -> int:
-    """Heads whose loads are under way together: fewer where all blocks of threads run at once.
-
-    Us of 9, 5 and 3 for 8,192 tokens on an H100: 43, 40 and 28 at 14/2 heads x 64 (512 blocks), 78, 78 and 90 at
-    32/8 x 128 (4,096).
-    """
-    return 3 if blocks < 8 * MULTIPROCESSORS else 5
-
-
 def unsupported(qkv: jax.Array, cos: jax.Array, k_pages: jax.Array) -> str | None:
     """Why the kernel cannot take qkv [T, K, G + 2, H], cos [T, rotary_dim / 2] and pages; None if it can."""
     head_dim, half = qkv.shape[3], cos.shape[1]
@@ -113,7 +107,6 @@ def _run(qkv, k_pages, v_pages, slots, cos, sin, norms, scales, epsilon: float, 
     group, half, dtype = rows - 2, cos.shape[1], qkv.dtype
     tile = Tile.of(head_dim, half)
     interpreted = interpret is not None
-    grid = num_tokens // tile.tokens, num_kv_heads
     sizes = (half, half, head_dim - 2 * half)
     spans = [pl.ds(start, size) for start, size in zip((0, half, 2 * half), sizes, strict=True) if size]
     operands = {"qkv": qkv, "slots": slots, "cos": cos, "sin": sin}
@@ -170,10 +163,9 @@ def _run(qkv, k_pages, v_pages, slots, cos, sin, norms, scales, epsilon: float, 
                 put_rows(pages, ref["slots"].at[tokens], head, staged)
 
         cosine, sine = load(ref["cos"].at[tokens]), load(ref["sin"].at[tokens])
-        step = rows_at_once(math.prod(grid))
-        for first in range(0, rows, step):
+        for first in range(0, rows, ROWS_AT_ONCE):
             # All loads before the first store.
-            loaded = [(row, load_row(row)) for row in range(first, min(first + step, rows))]
+            loaded = [(row, load_row(row)) for row in range(first, min(first + ROWS_AT_ONCE, rows))]
             for row, x in loaded:
                 if row == rows - 1:
                     write("v", x)
@@ -188,7 +180,7 @@ def _run(qkv, k_pages, v_pages, slots, cos, sin, norms, scales, epsilon: float, 
     launch = plgpu.kernel(
         kernel,
         out_type=mosaic.out_like((num_tokens, num_kv_heads, group, head_dim), dtype, *operands.values()),
-        grid=grid,  # the last changes fastest
+        grid=(num_tokens // tile.tokens, num_kv_heads),  # the last changes fastest
         grid_names=("tile", "head"),
         scratch_types={"staged": plgpu.SMEM((tile.tokens, head_dim), k_pages.dtype)} if interpreted else {},
         compiler_params=plgpu.CompilerParams(approx_math=True),
