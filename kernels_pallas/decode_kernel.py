@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from kernels_pallas import cluster_merge, decode_parts, mosaic, tile_rows
+from kernels_pallas import cluster_merge, decode_parts, mosaic, prefetch, tile_rows
 from kernels_pallas.decode_config import DecodeConfig, choose_config, scale_operands
 from kernels_pallas.decode_memory import PageIds, Ring, Share, copies_of, stream
 from kernels_pallas.lowering import lower_once
@@ -50,7 +50,7 @@ def paged_decode(
 
 def paged_decode_update(
     qkv, k_pages, v_pages, page_table, lengths, cos, sin, *, q_norm, k_norm, epsilon, sm_scale, window,
-    softcap, sinks, k_scale, v_scale, deterministic,
+    softcap, sinks, k_scale, v_scale, deterministic, ahead,
 ):  # fmt: skip
     """`kernels_pallas.paged_decode_update` by the kernel; operands that both `unsupported*` accept."""
     num_lanes, num_kv_heads, rows, head_dim = qkv.shape
@@ -59,18 +59,19 @@ def paged_decode_update(
     norms = None if q_norm is None else (q_norm, k_norm)
     scales = scale_operands(k_scale, v_scale)
     operands = (qkv, k_pages, v_pages, page_table, lengths, sinks, (cos, sin), norms, scales)
-    o, k_pages, v_pages = _decode(*operands, scale, window, softcap, float(epsilon), config, None)
+    options = scale, window, softcap, float(epsilon), config, None
+    o, k_pages, v_pages = _decode(*operands, *options, tuple(ahead) if num_lanes == 1 else ())
     return o.reshape(num_lanes, num_kv_heads * (rows - 2), head_dim), k_pages, v_pages
 
 
 @lower_once("scale", "window", "softcap", "epsilon", "config", "interpret")
 def _decode(
     x, k_pages, v_pages, page_table, lengths, sinks, rope, norms, scales, scale, window, softcap, epsilon,
-    config: DecodeConfig, interpret,
+    config: DecodeConfig, interpret, ahead=(),
 ):  # fmt: skip
     """x [B, K, G, H], or [B, K, G + 2, H] with `rope` = (cos, sin): then the new token is stored, too.
 
-    Returns o [B, K, G, H] and the pages.
+    Blocks of threads beside the lanes' fetch the weights `ahead`. Returns o [B, K, G, H] and the pages.
     """
     num_lanes, num_kv_heads, rows, head_dim = x.shape
     page_size, max_pages = k_pages.shape[2], page_table.shape[1]
@@ -100,6 +101,10 @@ def _decode(
         operands |= {"k_scale": scales[0].reshape(1), "v_scale": scales[1].reshape(1)}
     if sinks is not None:
         operands["sinks"] = sinks.astype(jnp.float32)
+    idle_lanes = 0  # blocks of threads as of further lanes, for multiprocessors that would have no work
+    if ahead and not interpreted:  # the interpreter has no L2 cache
+        idle_lanes = max(mosaic.multiprocessors() // (num_kv_heads * splits) - num_lanes, 0)
+    operands |= {f"ahead{i}": weight for i, weight in enumerate(ahead if idle_lanes else ())}
     outputs = {"o": mosaic.out_like((num_lanes, num_kv_heads, group, head_dim), dtype, *operands.values())}
     if splits > 1 and not clustered:
         # Zeros that are back to zeros after every launch, so that all layers of a step can share them.
@@ -116,14 +121,19 @@ def _decode(
         ref = dict(zip(names, refs, strict=True))
         x_bar, k_bar, v_bar, k_free, v_free = bars
         head, split, lane = lax.axis_index("head"), lax.axis_index("split"), lax.axis_index("lane")
+        thread = lax.axis_index("thread")
+        is_lane = lane < num_lanes
+        if idle_lanes:
+            number = ((lane - num_lanes) * num_kv_heads + head) * splits + split
+            lane = lax.min(lane, jnp.int32(num_lanes - 1))
         length = ref["lengths"][lane]
         share = Share.of(length, window, split, splits, block)
         page_ids = PageIds(share, ref["table"].at[lane], length, block, page_size)
         first_ids = page_ids(jnp.int32(0))  # before the branch that waits for the length
         keys, values = Ring(k_smem, k_bar, k_free), Ring(v_smem, v_bar, v_free)
-        thread = lax.axis_index("thread")
+        has_work = (split < share.active) & is_lane if idle_lanes else split < share.active
 
-        @pl.when((thread == 0) & (split < share.active))
+        @pl.when((thread == 0) & has_work)
         def _compute():
             if update:
                 tile_rows.row_major(x_smem, interpret=interpreted)
@@ -263,10 +273,20 @@ def _decode(
 
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
-        @pl.when((thread == 1) & (split < share.active))
+        @pl.when((thread == 1) & has_work)
         def _memory():
             plgpu.copy_gmem_to_smem(ref["x"].at[lane, head], x_smem.at[pl.ds(0, rows)], x_bar)
             stream(share, (ref["k"], ref["v"]), (keys, values), page_ids, first_ids, head)
+
+        if idle_lanes:
+            token_bytes = 2 * num_kv_heads * head_dim * k_pages.dtype.itemsize
+
+            # A long lane needs the memory itself, and would push the weights out of the cache.
+            @pl.when((thread == 1) & ~is_lane & (length <= prefetch.MOST_BYTES // token_bytes))
+            def _fetch_ahead():
+                for i, nbytes in enumerate(prefetch.shares(ahead)):
+                    if nbytes:
+                        prefetch.fetch(ref[f"ahead{i}"], nbytes, number, idle_lanes * num_kv_heads * splits)
 
     staged = -(-rows // 8) * 8
     scratch = {
@@ -289,7 +309,8 @@ def _decode(
         if update:
             apart = max(1, 128 // head_dim)  # the copy engine takes rows from multiples of 128 bytes
             scratch["new"] = plgpu.SMEM((staged, apart, head_dim), k_pages.dtype)
-    grid = {"lane": num_lanes, "split": splits, "head": num_kv_heads}  # heads of a page lie side by side
+    lanes = num_lanes + idle_lanes
+    grid = {"lane": lanes, "split": splits, "head": num_kv_heads}  # heads of a page lie side by side
     cluster = {}
     if clustered:
         scratch["mailbox"] = cluster_merge.mailbox(splits - 1, partial_shapes)

@@ -6,6 +6,7 @@ page `page_table[row, t // S]` at offset `t % S`. Pages that no row uses, and of
 may hold anything.
 """
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import jax
@@ -153,6 +154,7 @@ def paged_decode_update(
     k_scale: Scale = None,
     v_scale: Scale = None,
     deterministic: bool = False,
+    ahead: Sequence[jax.Array] = (),
     implementation: Implementation | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """A decode layer between its two projections: norm, rope, KV write and attention, as one launch.
@@ -174,6 +176,8 @@ def paged_decode_update(
         sm_scale, window, softcap, sinks, deterministic, implementation: as in `paged_decode`.
         k_scale, v_scale: as in `paged_decode`; the new token is divided by them and rounded to the dtype of
             the pages, and attended to as the pages hold it.
+        ahead: weights [N, D] or [P, N, D] that the next products read, soonest first. With a single lane the
+            kernel brings up to 16 MiB of them into the L2 cache; no result depends on them.
 
     Returns:
         (o [B, N, H] in the dtype of qkv, k_pages, v_pages).
@@ -183,6 +187,8 @@ def paged_decode_update(
     """
     check_update(qkv, k_pages, v_pages, page_table, lengths, cos, sin, q_norm, k_norm, window, softcap, sinks)
     check_scales(k_scale, v_scale)
+    if any(weight.ndim not in (2, 3) for weight in ahead):
+        raise ValueError(f"ahead must be weights [N, D] or [P, N, D], got {[w.shape for w in ahead]}")
     num_lanes, num_kv_heads, rows, head_dim = qkv.shape
     q = jax.ShapeDtypeStruct((num_lanes, num_kv_heads * (rows - 2), head_dim), qkv.dtype)
     reason = decode_config.unsupported(q, k_pages, v_pages)
@@ -203,6 +209,7 @@ def paged_decode_update(
             k_norm=k_norm,
             epsilon=epsilon,
             deterministic=deterministic,
+            ahead=ahead,
             **options,
         )
     queries, k, v = reference.prepare_heads(qkv, cos, sin, q_norm, k_norm, epsilon)

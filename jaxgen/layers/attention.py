@@ -83,11 +83,13 @@ def attend_decode(
     window: int | None,
     kv_scale: float | None = None,
     backends: AttentionBackends = AUTOMATIC,
+    ahead: tuple[jax.Array, ...] = (),
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Everything between the projections of a decode layer: head norms, rope, KV write and attention.
 
     qkv [B, K, G + 2, H], cos and sin [B, rotary_dim / 2], norms of q and k [H] each, pages [P, K, S, H], which
-    hold keys and values divided by kv_scale; returns o [B, K, G, H] and the new pages.
+    hold keys and values divided by kv_scale, weights that are read next `ahead`; returns o [B, K, G, H] and the new
+    pages.
     """
     q_norm, k_norm = norms or (None, None)
     o, k_pages, v_pages = paged_decode_update(
@@ -105,6 +107,7 @@ def attend_decode(
         k_scale=kv_scale,
         v_scale=kv_scale,
         deterministic=backends.deterministic,
+        ahead=ahead,
         implementation=backends.decode,
     )
     lanes, kv_heads, rows, head_dim = qkv.shape
@@ -213,18 +216,20 @@ class Attention(nnx.Module):
         batch: AttentionBatch,
         norm: RMSNorm,
         next_norm: RMSNorm,
+        ahead: tuple[jax.Array, ...],
     ) -> tuple[NormInput, jax.Array, jax.Array]:
         """x [T, D], cos and sin [T, rotary_dim / 2]; returns x + attention(norm(x)) [T, D] and the updated pages.
 
-        `next_norm` is the norm that reads the result.
+        `next_norm` is the norm that reads the result, `ahead` the weights of the product that does.
         """
         qkv = self.qkv(x, norm=norm)  # [T, K, G + 2, H]
-        o, k_pages, v_pages = self._attend(qkv, cos, sin, k_pages, v_pages, batch)
+        o, k_pages, v_pages = self._attend(qkv, cos, sin, k_pages, v_pages, batch, (*self.out.ahead, *ahead))
         x = self.out.to_norm(o.reshape(o.shape[0], -1), next_norm, x.rows)
         return x, k_pages, v_pages
 
-    def _attend(self, qkv, cos, sin, k_pages, v_pages, batch):
-        attend: Callable = attend_decode if isinstance(batch, DecodeBatch) else attend_prefill
+    def _attend(self, qkv, cos, sin, k_pages, v_pages, batch, ahead):
+        is_decode = isinstance(batch, DecodeBatch)
+        attend: Callable = partial(attend_decode, ahead=ahead) if is_decode else attend_prefill
         attention = partial(
             attend, epsilon=self.epsilon, window=self.window, kv_scale=self.kv_scale, backends=self.backends
         )

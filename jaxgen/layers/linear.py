@@ -46,6 +46,11 @@ class Linear(nnx.Module):
         self.is_cut = is_sharded and any(axes[1:-1])
         self.is_plain = not is_sharded  # a kernel is opaque to the partitioner
 
+    @property
+    def ahead(self) -> tuple[jax.Array, ...]:
+        """What a kernel before this layer may fetch for it: the weight, where a kernel reads it."""
+        return (self.weight[...],) if self.is_plain else ()
+
     def __call__(
         self, x: jax.Array | NormInput, *, norm: RMSNorm | None = None, residual: jax.Array | None = None
     ) -> jax.Array:

@@ -71,7 +71,7 @@ class DecoderLayer(nnx.Module):
     ) -> tuple[NormInput, jax.Array, jax.Array]:
         """x [T, D] -> [T, D], for `next_norm` to read, and the updated pages."""
         x, k_pages, v_pages = self.attention(
-            x, cos, sin, k_pages, v_pages, batch, self.attention_norm, self.mlp_norm
+            x, cos, sin, k_pages, v_pages, batch, self.attention_norm, self.mlp_norm, self.mlp.gate_up.ahead
         )
         return self.mlp(x, self.mlp_norm, next_norm), k_pages, v_pages
 
