@@ -236,6 +236,7 @@ class EngineLoop:
         changed = self.scheduler.collect(plan, tokens)
         extras.record_lanes()
         self._deliver(changed)
+        self.scheduler.retire()  # callers have their results meanwhile
 
     def _deliver(self, requests: Iterable[Request]) -> None:
         for request in requests:

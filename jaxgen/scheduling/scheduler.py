@@ -68,6 +68,7 @@ class Scheduler:
             config, self._kv, self._ratio, self._waiting, self._running, self._lanes
         )
         self._ended: list[Request] = []
+        self._leaving: list[Request] = []
         self._paused: str | None = None
         self._paused_at = 0.0
         self._num_retractions = 0
@@ -131,7 +132,7 @@ class Scheduler:
         ended, self._ended = self._ended, []
         return ended
 
-    # The cycle: schedule, launch, collect
+    # The cycle: schedule, launch, collect, retire
 
     def schedule(self) -> Plan | Signal | None:
         """The next step, NEED_COLLECT, or None.
@@ -156,7 +157,8 @@ class Scheduler:
         """Take the tokens of a launched plan: of each last chunk in order, then of each lane, step by step.
 
         Returns the requests that got a token or finished. Tokens of requests that ended meanwhile are
-        dropped, as are those after the last of a request.
+        dropped, as are those after the last of a request. Before the next plan `retire` must be called: the
+        caller may hand results over first.
 
         Raises:
             ValueError: the number of tokens is not the plan's.
@@ -181,10 +183,14 @@ class Scheduler:
                 if request.finish_reason is None:
                     request.append(token)
         changed += alive
-        for request in changed:
-            if request.finish_reason is not None:
-                self._finish(request)
+        self._leaving += [request for request in changed if request.finish_reason is not None]
         return changed
+
+    def retire(self) -> None:
+        """Take rows and pages back from the requests that ended in `collect`."""
+        leaving, self._leaving = self._leaving, []
+        for request in leaving:
+            self._finish(request)
 
     def _plan_prefill(self) -> Plan | Signal | None:
         """A prefill step, if any; retracts for a more urgent request and ends one that can never fit."""

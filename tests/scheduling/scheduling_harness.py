@@ -198,6 +198,7 @@ class Harness:
         before = {id(r): r.finish_reason for r in [c.request for c in plan.chunks] + plan.lanes}
         for request in self.scheduler.collect(plan, tokens):
             assert before[id(request)] is None, "a finished request got a token"
+        self.scheduler.retire()
 
     def run(self, max_steps: int = 100_000, full_check: bool = True) -> None:
         """Run until nothing is left; then no page may be missing and every output must be right."""

@@ -311,6 +311,7 @@ def test_a_lone_request_starts_anew_rather_than_end_for_pages_that_only_its_lock
         if not isinstance(plan, Plan):
             break
         scheduler.collect(plan, [5] * (len(plan.lanes) + sum(chunk.last for chunk in plan.chunks)))
+        scheduler.retire()
     assert long.finish_reason == {"type": "length", "length": 4500}
     assert long.num_retractions == 1 and scheduler.drain_ended() == []
 
@@ -346,6 +347,7 @@ def test_kv_of_a_broken_forward_pass_is_not_cached() -> None:
         plan = scheduler.schedule()
         assert isinstance(plan, Plan)
         scheduler.collect(plan, [token])
+        scheduler.retire()
     assert request.finish_reason == {"type": "stop", "matched": "NaN happened"}
     follower = make_request([*ids(20), 5, 6, 7])
     scheduler.add(follower)
@@ -504,6 +506,20 @@ def test_membership_and_page_updates_tell_the_device_all_it_needs() -> None:
     ]
     assert all(plan.lanes is decodes[0].lanes for plan in decodes)
     assert decodes[0].lengths.dtype == np.int32 and decodes[0].lengths.tolist() == [7]
+
+
+def test_a_result_can_be_handed_over_before_its_request_leaves() -> None:
+    scheduler = Scheduler(config())
+    request = make_request([1, 2, 3], max_new_tokens=1)
+    scheduler.add(request)
+    plan = scheduler.schedule()
+    assert isinstance(plan, Plan)
+    assert scheduler.collect(plan, [7]) == [request]
+    assert request.output_ids == [7] and request.finish_reason is not None
+    assert scheduler.stats().running == 1
+    scheduler.retire()
+    assert not scheduler.has_unfinished and request.pages == []
+    scheduler.check_invariants()
 
 
 def test_collect_checks_the_number_of_tokens() -> None:
