@@ -38,7 +38,8 @@ CALLS = {
         floats(4, 4096), floats(4), integers(4), floats(4), floats(4), integers(4), integers(4),
     ),
     "head_sample": (
-        spec(136, 256), spec(4096, 256), floats(136), integers(136), floats(136), floats(136), integers(136), integers(136),
+        spec(136, 256), spec(4096, 256), floats(136), integers(136), floats(136), floats(136), integers(136),
+        integers(136),
     ),
     "fused_linear": (spec(1, 256), spec(64, 256)),
     "fused_linear of many tokens": (spec(72, 256), spec(64, 256)),
