@@ -88,9 +88,10 @@ def test_weights_of_another_rank_are_named():
 def test_on_the_gpu_results_are_the_same_bits_with_weights_ahead(heads, head_dim):
     update = jax.jit(functools.partial(paged_decode_update, implementation="mosaic"))
     weights = (jnp.ones((896, 896), jnp.bfloat16), jnp.ones((2, 4864, 896), jnp.bfloat16))
-    for length in (1, 300, 1500, 9000):  # the last is too long to fetch anything for
+    for length in (1, 300, 5000):  # for the last, of wide heads, nothing is fetched
         case = random_update([length], *heads, head_dim, 64, dtype=bfloat16)
-        arrays = (case.qkv, case.kv.k_pages, case.kv.v_pages, case.kv.page_table, case.kv.lengths)
-        operands = [jnp.asarray(x) for x in (*arrays, case.cos, case.sin)]
+        table = np.pad(case.kv.page_table, ((0, 0), (0, 128 - case.kv.page_table.shape[1])))
+        pages = [np.resize(x, (128, *x.shape[1:])) for x in (case.kv.k_pages, case.kv.v_pages)]
+        operands = [jnp.asarray(x) for x in (case.qkv, *pages, table, case.kv.lengths, case.cos, case.sin)]
         for want, got in zip(update(*operands), update(*operands, ahead=weights), strict=True):
             np.testing.assert_array_equal(np.asarray(want, np.float32), np.asarray(got, np.float32))

@@ -124,6 +124,7 @@ def test_a_layer_holds_one_byte_a_weight_and_four_a_channel(name):
         "scale": 6 * 4 * 4,
     }
     assert layer.scale.get_metadata()["logical_axes"] == (None, "mlp")
+    assert layer.ahead == ()  # no kernel reads it
 
 
 def test_without_a_scheme_a_layer_is_plain():
