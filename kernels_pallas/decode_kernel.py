@@ -60,7 +60,7 @@ def paged_decode_update(
     scales = scale_operands(k_scale, v_scale)
     operands = (qkv, k_pages, v_pages, page_table, lengths, sinks, (cos, sin), norms, scales)
     options = scale, window, softcap, float(epsilon), config, None
-    o, k_pages, v_pages = _decode(*operands, *options, tuple(ahead) if num_lanes == 1 else ())
+    o, k_pages, v_pages = _decode(*operands, *options, ahead=tuple(ahead) if num_lanes == 1 else ())
     return o.reshape(num_lanes, num_kv_heads * (rows - 2), head_dim), k_pages, v_pages
 
 

@@ -158,7 +158,7 @@ def test_rotates_only_the_first_dimensions():
 def test_deterministic_lane_has_the_same_bits_alone_and_in_a_batch(window, update, monkeypatch):
     case = random_update([300, 70, 129], 4, 1, 64, 16, norms=True, dtype=BFLOAT16)
     kernel = functools.partial(decode_kernel._decode, interpret=plgpu.InterpretGPUParams())
-    monkeypatch.setattr(decode_kernel, "_decode", lambda *args: kernel(*args[:-1]))
+    monkeypatch.setattr(decode_kernel, "_decode", lambda *args, **options: kernel(*args[:-1], **options))
     stored = case.expected()[1]
     options = {"window": window, "deterministic": True, "implementation": "mosaic"}
 
