@@ -28,6 +28,7 @@ class DecodeConfig:
     num_splits: int
     clustered: bool = False
     merged_at_once: int = 0
+    longest_first: bool = False  # of unsplit lanes
 
 
 def default_config(
@@ -48,7 +49,16 @@ def default_config(
         return DecodeConfig(128, 3, 1)
     # Two blocks of threads per multiprocessor, if need be by splitting lanes.
     num_splits = max(1, min(slots // pairs, max(16, slots // 2 // pairs), -(-capacity // block_kv)))
-    return DecodeConfig(block_kv, 3 if head_dim == 128 and num_splits == 1 else 2, num_splits)
+    stages = 3 if head_dim == 128 and num_splits == 1 else 2
+    return DecodeConfig(block_kv, stages, num_splits, longest_first=_in_waves(pairs, head_dim, num_splits))
+
+
+def _in_waves(pairs: int, head_dim: int, num_splits: int) -> bool:
+    """Whether blocks of threads come in a few waves, so that a long lane had better not be in the last.
+
+    Those of narrower heads are so small that most multiprocessors take all theirs at once.
+    """
+    return num_splits == 1 and head_dim > 64 and 2 * MULTIPROCESSORS < pairs <= 8 * MULTIPROCESSORS
 
 
 def buffer_bytes(config: DecodeConfig, group: int, head_dim: int, kv_bits: int = 16) -> int:
@@ -81,8 +91,11 @@ def candidates(
 ) -> Iterator[DecodeConfig]:
     """Configurations worth measuring for a shape: those whose blocks of tokens fit in shared memory."""
     pairs = num_lanes * num_kv_heads
+    shares = [max(1, n * MULTIPROCESSORS // pairs) for n in (1, 2, 4)]
     for block_kv, stages in itertools.product((64, 128), (2, 3, 4, 6)):
-        configs = [DecodeConfig(block_kv, stages, max(1, n * MULTIPROCESSORS // pairs)) for n in (1, 2, 4)]
+        configs = [
+            DecodeConfig(block_kv, stages, n, longest_first=_in_waves(pairs, head_dim, n)) for n in shares
+        ]
         if pairs * CLUSTER <= MULTIPROCESSORS:
             configs.append(DecodeConfig(block_kv, stages, CLUSTER, clustered=True))
         yield from (x for x in configs if buffer_bytes(x, group, head_dim, kv_bits) <= BUFFER_BYTES)

@@ -25,7 +25,7 @@ from jax.experimental import pallas as pl
 
 from kernels_pallas import cluster_merge, decode_parts, mosaic, prefetch, tile_rows
 from kernels_pallas.decode_config import DecodeConfig, choose_config, scale_operands
-from kernels_pallas.decode_memory import PageIds, Ring, Share, copies_of, stream
+from kernels_pallas.decode_memory import PageIds, Ring, Share, copies_of, longest_first, stream
 from kernels_pallas.lowering import lower_once
 from kernels_pallas.mosaic import LOG2E, MASKED, MULTIPROCESSORS
 
@@ -105,6 +105,8 @@ def _decode(
     if ahead and not interpreted:  # the interpreter has no L2 cache
         idle_lanes = max(mosaic.multiprocessors() // (num_kv_heads * splits) - num_lanes, 0)
     operands |= {f"ahead{i}": weight for i, weight in enumerate(ahead if idle_lanes else ())}
+    if config.longest_first:
+        operands["lanes"] = longest_first(lengths, page_table, window, block, page_size)
     outputs = {"o": mosaic.out_like((num_lanes, num_kv_heads, group, head_dim), dtype, *operands.values())}
     if splits > 1 and not clustered:
         # Zeros that are back to zeros after every launch, so that all layers of a step can share them.
@@ -126,10 +128,15 @@ def _decode(
         if idle_lanes:
             number = ((lane - num_lanes) * num_kv_heads + head) * splits + split
             lane = lax.min(lane, jnp.int32(num_lanes - 1))
-        length = ref["lengths"][lane]
+        if config.longest_first:
+            fields = [ref["lanes"][lane, i] for i in range(2 + copies_of(block, page_size))]
+            lane, length = fields[:2]
+        else:
+            length = ref["lengths"][lane]
         share = Share.of(length, window, split, splits, block)
         page_ids = PageIds(share, ref["table"].at[lane], length, block, page_size)
-        first_ids = page_ids(jnp.int32(0))  # before the branch that waits for the length
+        # Before the branch that waits for the length.
+        first_ids = tuple(fields[2:]) if config.longest_first else page_ids(jnp.int32(0))
         keys, values = Ring(k_smem, k_bar, k_free), Ring(v_smem, v_bar, v_free)
         has_work = (split < share.active) & is_lane if idle_lanes else split < share.active
 

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
@@ -75,6 +76,28 @@ class PageIds:
         ids = [self.table[place] for place in places]  # no load waits for the length
         last_page = lax.div(self.length - 1, jnp.int32(self.page_size))
         return ids[0], *(jnp.where(index + j <= last_page, ids[j], ids[0]) for j in range(1, copies))
+
+
+def longest_first(
+    lengths: jax.Array, page_table: jax.Array, window: int | None, block: int, page_size: int
+) -> jax.Array:
+    """The lanes in the order of falling length: number, length and the ids of the pages of the first KV block.
+
+    Blocks of threads take them from lengths [B] and page_table [B, MP], both int32, by one load. [B, 2 + copies].
+    """
+
+    def fields(lane, length, table):
+        share = Share.of(length, window, jnp.int32(0), 1, block)
+        return jnp.stack([lane, length, *PageIds(share, table, length, block, page_size)(jnp.int32(0))])
+
+    lane = jnp.arange(lengths.shape[0], dtype=jnp.int32)
+    ahead = (lengths[None] > lengths[:, None]) | (
+        (lengths[None] == lengths[:, None]) & (lane < lane[:, None])
+    )
+    rank = ahead.sum(axis=1, dtype=jnp.int32)
+    unsorted = jax.vmap(fields)(lane, lengths, page_table)  # [B, 2 + copies]
+    here = rank[:, None] == lane  # [B, place]; small sums cost less than a sort
+    return jnp.where(here[:, :, None], unsorted[:, None], 0).sum(axis=0, dtype=jnp.int32)
 
 
 def stream(share: Share, sources, rings, page_ids: PageIds, first_ids: tuple[Scalar, ...], head) -> None:

@@ -30,6 +30,7 @@ CASES = [
     ([200], (3, 1), 64, 64, DecodeConfig(64, 2, 1), {"window": 70, "softcap": 4.0}),
     ([1, 129], (8, 2), 64, 128, DecodeConfig(64, 2, 2), {"with_sinks": True}),
     ([300, 64], (9, 1), 128, 8, DecodeConfig(128, 1, 1), {"window": 3}),
+    ([10, 0, 140], (2, 1), 64, 16, DecodeConfig(64, 2, 1, longest_first=True), {"window": 70}),
     ([300, 1, 190], (4, 2), 64, 16, DecodeConfig(64, 2, 5), {"window": 180, "with_sinks": True}),
 ]
 
@@ -324,10 +325,13 @@ def test_kernel_on_the_gpu_is_softmax_attention(heads, head_dim, page_size, scal
 
 @gpu
 @hopper
+@pytest.mark.parametrize(("lanes", "heads", "head_dim"), [(60, (14, 2), 64), (36, (32, 8), 128)])
 @pytest.mark.parametrize("page_dtype", [BFLOAT16, FLOAT8])
-def test_many_lanes_of_narrow_heads_on_the_gpu_take_blocks_of_128_tokens(page_dtype):
-    case = random_update(GPU_LENGTHS * 10, 14, 2, 64, 64, dtype=BFLOAT16, page_dtype=page_dtype)
-    assert default_config(60, 2, 7, 64, 4096).block_kv == 128
+def test_many_lanes_on_the_gpu_in_blocks_of_128_tokens_or_longest_first(lanes, heads, head_dim, page_dtype):
+    config = default_config(lanes, heads[1], heads[0] // heads[1], head_dim, 4096)
+    assert config.block_kv == 128 or config.longest_first
+    lengths = GPU_LENGTHS * (lanes // len(GPU_LENGTHS))
+    case = random_update(lengths, *heads, head_dim, 64, dtype=BFLOAT16, page_dtype=page_dtype)
     o, *pages = paged_decode_update(
         case.qkv,
         *(jnp.asarray(x) for x in (case.kv.k_pages, case.kv.v_pages)),
