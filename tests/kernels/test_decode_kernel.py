@@ -1,7 +1,6 @@
 """The paged decode kernel: lowered for Hopper, interpreted with race detection on CPUs, run on a GPU."""
 
 import functools
-import inspect
 
 import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
@@ -159,11 +158,8 @@ def test_rotates_only_the_first_dimensions():
 @pytest.mark.parametrize(("update", "window"), [(True, None), (False, 90)])
 def test_deterministic_lane_has_the_same_bits_alone_and_in_a_batch(window, update, monkeypatch):
     case = random_update([300, 70, 129], 4, 1, 64, 16, norms=True, dtype=BFLOAT16)
-    kernel, interpret = decode_kernel._decode, plgpu.InterpretGPUParams()
-    place = list(inspect.signature(kernel).parameters).index("interpret")
-    monkeypatch.setattr(
-        decode_kernel, "_decode", lambda *args: kernel(*args[:place], interpret, *args[place + 1 :])
-    )
+    kernel = functools.partial(decode_kernel._decode, interpret=plgpu.InterpretGPUParams())
+    monkeypatch.setattr(decode_kernel, "_decode", lambda *args, **options: kernel(*args[:-1], **options))
     stored = case.expected()[1]
     options = {"window": window, "deterministic": True, "implementation": "mosaic"}
 
