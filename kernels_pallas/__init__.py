@@ -1,10 +1,11 @@
 """Attention, KV-cache and sampling kernels for paged LLM inference. Depends on jax alone."""
 
-from kernels_pallas.head_ops import head_sample
+from kernels_pallas.head_ops import HeadSample, head_sample
 from kernels_pallas.layer_ops import fused_linear, fused_linear_to_norm
 from kernels_pallas.norm_input import NormInput
 from kernels_pallas.ops import (
     Implementation,
+    LogitSummary,
     LogProbabilities,
     copy_pages,
     gumbel_noise,
@@ -18,8 +19,10 @@ from kernels_pallas.ops import (
 from kernels_pallas.rope_ops import rope_and_write
 
 __all__ = [
+    "HeadSample",
     "Implementation",
     "LogProbabilities",
+    "LogitSummary",
     "NormInput",
     "copy_pages",
     "fused_linear",

@@ -3,12 +3,23 @@
 Axes: B lanes, D hidden size, V vocabulary.
 """
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from kernels_pallas import head_kernel, ops, sample_kernel
+from kernels_pallas import head_kernel, ops, row_sampler, sample_kernel, tile_draw_kernel
 from kernels_pallas.ops import Implementation, runs_kernel
+from kernels_pallas.reference import UNDRAWN, LogitSummary
+
+
+class HeadSample(NamedTuple):
+    """Tokens [B] int32, -1 for a lane whose logits hold a NaN; logits [B, V] float32; the summary, or None."""
+
+    tokens: jax.Array
+    logits: jax.Array
+    summary: LogitSummary | None
 
 
 def head_sample(
@@ -22,8 +33,9 @@ def head_sample(
     positions: jax.Array,
     *,
     wanted: jax.Array | None = None,
+    summary_temperature: jax.Array | None = None,
     implementation: Implementation | None = None,
-) -> tuple[jax.Array, jax.Array]:
+) -> HeadSample:
     """The logits `hidden @ weight^T` and, of each lane, the token that `sample` draws from them.
 
     The kernels find the token of a greedy lane while they multiply: its logits are not written out unless they are
@@ -34,11 +46,13 @@ def head_sample(
         weight: [V, D].
         temperature, top_k, top_p, min_p, seeds, positions: [B], as in `sample`.
         wanted: [B] bool, greedy lanes whose logits are wanted all the same; None is none of them.
+        summary_temperature: [B] float32, the temperature (0: none) of the log-probabilities that a summary is wanted
+            for. It is given where it comes with the product.
         implementation: as in `paged_decode`.
 
     Returns:
-        tokens [B] int32, -1 for a lane whose logits hold a NaN; logits [B, V] float32, summed in float32, in
-        which the rows of greedy lanes that are not wanted may hold anything.
+        The logits are summed in float32; their rows, and those of the summary, may hold anything for greedy lanes
+        that are not wanted.
 
     Raises:
         ValueError: shapes that do not fit together, or a forced implementation that cannot run.
@@ -48,8 +62,9 @@ def head_sample(
     lanes = hidden.shape[:1]
     if wanted is not None and (wanted.shape != lanes or wanted.dtype != jnp.bool_):
         raise ValueError(f"wanted must be [B] = {lanes} bool, got {wanted.shape} {wanted.dtype}")
-    if temperature.shape != lanes:
-        raise ValueError(f"temperature must be [B] = {lanes}, got {temperature.shape}")
+    for name, option in {"temperature": temperature, "summary_temperature": summary_temperature}.items():
+        if option is not None and option.shape != lanes:
+            raise ValueError(f"{name} must be [B] = {lanes}, got {option.shape}")
     options = temperature, top_k, top_p, min_p, seeds, positions
     logits = jax.ShapeDtypeStruct((*lanes, weight.shape[0]), jnp.float32)
     reason = head_kernel.unsupported(hidden, weight) or sample_kernel.unsupported(logits)
@@ -58,7 +73,21 @@ def head_sample(
         product = lax.dot_general(
             hidden, weight, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
         )
-        return ops.sample(product, *options, implementation=implementation), product
-    read = temperature > 0.0 if wanted is None else (temperature > 0.0) | wanted
-    greedy_tokens, written = head_kernel.largest(hidden, weight, read)
-    return ops.sample(written, *options, greedy_tokens=greedy_tokens, implementation="mosaic"), written
+        return HeadSample(ops.sample(product, *options, implementation=implementation), product, None)
+    is_drawn = temperature > 0.0
+    own = summary_temperature is None  # then the summary is for the draw
+    factor, num_tiles = None, weight.shape[0] // head_kernel.TILE
+    if weight.shape[0] % head_kernel.TILE == 0:
+        divisor = temperature if summary_temperature is None else summary_temperature
+        factor = 1.0 / jnp.where(divisor > 0.0, divisor, 1.0)
+    read = is_drawn if wanted is None else is_drawn | wanted
+    greedy, written, *parts = head_kernel.largest(hidden, weight, read, factor)
+    cut = sample_kernel.cut_of(*written.shape)
+    numbers = row_sampler.options_of(*options, cut)
+    if parts and own:
+        known = tile_draw_kernel.draw(written, numbers, greedy, *parts)
+    else:
+        known = jnp.where(is_drawn & (greedy >= 0), UNDRAWN, greedy)
+    tokens = sample_kernel.draw(written, numbers, known, cut)
+    summary = None if own or not parts else LogitSummary(*(part[: lanes[0], :num_tiles] for part in parts))
+    return HeadSample(tokens, written, summary)

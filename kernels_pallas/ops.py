@@ -23,7 +23,7 @@ from kernels_pallas import (
     sample_kernel,
 )
 from kernels_pallas.checks import check_attention, check_pages, check_scales, check_update
-from kernels_pallas.reference import LogProbabilities
+from kernels_pallas.reference import LogitSummary, LogProbabilities
 
 Implementation = Literal["reference", "mosaic"]
 type Scale = jax.Array | float | None
@@ -310,7 +310,7 @@ def sample(
     seeds: jax.Array,
     positions: jax.Array,
     *,
-    greedy_tokens: jax.Array | None = None,
+    known: jax.Array | None = None,
     implementation: Implementation | None = None,
 ) -> jax.Array:
     """Draw one token per lane: temperature, top-k with top-p, min-p, then a seeded Gumbel draw; no sort.
@@ -326,7 +326,8 @@ def sample(
         top_p, min_p: [B] float32 in [0, 1]; 1 and 0 keep all.
         seeds: [B] int32 or uint32.
         positions: [B] int32.
-        greedy_tokens: [B] int32, what greedy lanes draw, where it is known: their logits are not looked at.
+        known: [B] int32, tokens of lanes that have been drawn, whose logits are not looked at; UNDRAWN (-2) of the
+            others, none of which is greedy.
         implementation: as in `paged_decode`.
 
     Returns:
@@ -345,15 +346,14 @@ def sample(
         "seeds": seeds,
         "positions": positions,
     }
-    for name, option in (options | {"greedy_tokens": greedy_tokens}).items():
+    for name, option in (options | {"known": known}).items():
         if option is not None and option.shape != logits.shape[:1]:
             raise ValueError(f"{name} must be [B] = {logits.shape[:1]}, got {option.shape}")
     kernel = runs_kernel("sample", implementation, sample_kernel.unsupported(logits))
     draw = sample_kernel.sample if kernel else reference.sample
-    # Into range, and so into buffers of their own: see _in_own_buffers.
     top_k = jnp.maximum(top_k, 1)
     top_p, min_p = jnp.clip(top_p, 0.0, 1.0), jnp.clip(min_p, 0.0, 1.0)
-    return draw(logits, temperature, top_k, top_p, min_p, seeds, positions, greedy_tokens)
+    return draw(logits, temperature, top_k, top_p, min_p, seeds, positions, known)
 
 
 def log_probabilities(
@@ -362,6 +362,7 @@ def log_probabilities(
     temperature: jax.Array,
     top_n: int,
     *,
+    summary: LogitSummary | None = None,
     implementation: Implementation | None = None,
 ) -> LogProbabilities:
     """Natural log-probabilities of a given token and of the `top_n` likeliest, per lane; no sort of the row.
@@ -373,6 +374,7 @@ def log_probabilities(
         tokens: [B] int32 in [0, V); a negative one counts as 0.
         temperature: [B] float32; 0 takes the logits as they are.
         top_n: 0 to V; the kernel takes up to 64.
+        summary: of these logits at this temperature, from `head_sample`: then no pass over the logits is made.
         implementation: as in `paged_decode`.
 
     Returns:
@@ -390,6 +392,8 @@ def log_probabilities(
             raise ValueError(f"{name} must be [B] = {logits.shape[:1]}, got {option.shape}")
     if not 0 <= top_n <= logits.shape[1]:
         raise ValueError(f"top_n must be in 0 to V = {logits.shape[1]}, got {top_n}")
+    if summary is not None:
+        return reference.log_probabilities_of_summary(logits, tokens, temperature, top_n, summary)
     kernel = runs_kernel("log_probabilities", implementation, logprob_kernel.unsupported(logits, top_n))
     compute = logprob_kernel.log_probabilities if kernel else reference.log_probabilities
     return compute(logits, tokens, temperature, top_n)

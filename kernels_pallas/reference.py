@@ -333,6 +333,9 @@ def gumbel_from_bits(bits: jax.Array) -> jax.Array:
     return -jnp.log(exponential)
 
 
+UNDRAWN = -2  # in the place of a token that has not been drawn
+
+
 def sample(
     logits: jax.Array,
     temperature: jax.Array,
@@ -341,7 +344,7 @@ def sample(
     min_p: jax.Array,
     seeds: jax.Array,
     positions: jax.Array,
-    greedy_tokens: jax.Array | None = None,
+    known: jax.Array | None = None,
 ) -> jax.Array:
     """One token per lane. See `kernels_pallas.sample`.
 
@@ -385,7 +388,7 @@ def sample(
     best = _first_argmax(logits)
     tokens = jnp.where(greedy, best, lax.cond(greedy.all(), lambda: best, draw))
     tokens = jnp.where(bad, -1, tokens)
-    return tokens if greedy_tokens is None else jnp.where(greedy, greedy_tokens, tokens)
+    return tokens if known is None else jnp.where(known == UNDRAWN, tokens, known)
 
 
 def _first_argmax(x: jax.Array) -> jax.Array:
@@ -404,16 +407,56 @@ class LogProbabilities(NamedTuple):
     normaliser: jax.Array  # [B] float32: a token's is its logit / temperature minus this
 
 
+class LogitSummary(NamedTuple):
+    """Of T tiles of V / T neighbouring logits of B rows: maxima, and sums of exp((logit - maximum) / temperature)."""
+
+    maxima: jax.Array  # [B, T] float32, finite: -inf is a large negative number
+    sums: jax.Array  # [B, T] float32
+
+
 def log_probabilities(
     logits: jax.Array, tokens: jax.Array, temperature: jax.Array, top_n: int
 ) -> LogProbabilities:
     """Log-probabilities of given and of the likeliest tokens. See `kernels_pallas.log_probabilities`."""
-    scaled = logits / jnp.where(temperature > 0.0, temperature, 1.0)[:, None]
+    scaled = logits / _divisor(temperature)
     normaliser = jax.nn.logsumexp(scaled, axis=-1, keepdims=True)  # [B, 1]
     values, ids = lax.top_k(scaled, top_n)
-    chosen = jnp.take_along_axis(scaled, jnp.maximum(tokens, 0)[:, None], axis=-1)
+    return _log_probabilities(scaled, tokens, values, ids, normaliser)
+
+
+def log_probabilities_of_summary(
+    logits: jax.Array, tokens: jax.Array, temperature: jax.Array, top_n: int, summary: LogitSummary
+) -> LogProbabilities:
+    """`log_probabilities` of logits that have been summarised at this temperature: few of them are looked at.
+
+    The n largest logits, ties by the lowest id, are in the n tiles of the largest maxima, ties by the first tile:
+    before a logit in any other come those n maxima.
+    """
+    divisor = _divisor(temperature)  # [B, 1]
+    maxima, sums = summary
+    shift = maxima.max(axis=-1, keepdims=True)
+    total = (sums * jnp.exp((maxima - shift) / divisor)).sum(axis=-1, keepdims=True)
+    normaliser = shift / divisor + jnp.log(total)
+    tiles = jnp.sort(lax.top_k(maxima, min(top_n, maxima.shape[1]))[1], axis=-1)  # [B, n]
+    split = logits.reshape(logits.shape[0], maxima.shape[1], -1)
+    found = jnp.take_along_axis(split, tiles[:, :, None], axis=1)  # [B, n, V / T]
+    values, places = lax.top_k(found.reshape(logits.shape[0], -1), top_n)
+    size = split.shape[2]
+    ids = jnp.take_along_axis(tiles, places // size, axis=1) * size + places % size
+    return _log_probabilities(logits, tokens, values, ids, normaliser, divisor)
+
+
+def _divisor(temperature: jax.Array) -> jax.Array:
+    return jnp.where(temperature > 0.0, temperature, 1.0)[:, None]
+
+
+def _log_probabilities(logits, tokens, values, ids, normaliser, divisor=1.0) -> LogProbabilities:
+    chosen = jnp.take_along_axis(logits, jnp.maximum(tokens, 0)[:, None], axis=-1)
     return LogProbabilities(
-        (chosen - normaliser)[:, 0], values - normaliser, ids.astype(jnp.int32), normaliser[:, 0]
+        (chosen / divisor - normaliser)[:, 0],
+        values / divisor - normaliser,
+        ids.astype(jnp.int32),
+        normaliser[:, 0],
     )
 
 

@@ -24,24 +24,32 @@ from jax.experimental import pallas as pl
 from kernels_pallas import mosaic, reference, row_parts, tuning
 from kernels_pallas.lowering import lower_once
 from kernels_pallas.row_parts import LOWEST, MAX_SHARE, NO_TOKEN, Cut, RowPart, merge_softmax, weight
+from kernels_pallas.row_sampler import KEPT, REJECTED, UNKNOWN, Sampler, better, merge_winners, options_of
 
-SCANNED, LED, DRAWN, WEIGHED = range(row_parts.TURNS)  # exchanges between the parts of a row
+SCANNED, LED = range(2)  # exchanges between the parts of a row, before those of `Sampler`
 
-KEPT, REJECTED, UNKNOWN = range(3)  # verdicts on a candidate
 SHARED_BYTES = 224 << 10  # of a block of threads, but for its barriers and reports
 TYPICAL = 700  # tokens above the largest third logit of a place, of a row in 8 parts
 
 unsupported = row_parts.unsupported
 
 
-def sample(logits, temperature, top_k, top_p, min_p, seeds, positions, greedy_tokens=None):
-    """`kernels_pallas.sample` by the kernel; logits that `unsupported` accepts.
+def sample(logits, temperature, top_k, top_p, min_p, seeds, positions, known=None):
+    """`kernels_pallas.sample` by the kernel; logits that `unsupported` accepts."""
+    cut = cut_of(*logits.shape)
+    options = options_of(temperature, top_k, top_p, min_p, seeds, positions, cut)
+    return draw(logits, options, known, cut)
 
-    greedy_tokens: [B] int32, where they are known: then the logits of greedy lanes are not looked at.
-    """
-    operands = (logits, temperature, top_k, top_p, min_p, seeds, positions, greedy_tokens)
-    shape = {"num_lanes": logits.shape[0], "vocab_size": logits.shape[1]}
-    return _sample(*operands, tuning.config_for("sample", shape, Cut(logits.shape[1]), candidates), None)
+
+def cut_of(num_lanes: int, vocab_size: int) -> Cut:
+    """The tuning table's cut of rows, or else the default."""
+    shape = {"num_lanes": num_lanes, "vocab_size": vocab_size}
+    return tuning.config_for("sample", shape, Cut(vocab_size), candidates)
+
+
+def draw(logits, options, known, cut: Cut):
+    """Tokens [B] int32 of logits [B, V]; `options` of `options_of` with this cut, `known` as in `sample`."""
+    return _sample(logits, options, known, cut, None)
 
 
 def candidates(num_lanes: int, vocab_size: int) -> Iterator[Cut]:
@@ -50,112 +58,6 @@ def candidates(num_lanes: int, vocab_size: int) -> Iterator[Cut]:
         cut = Cut(vocab_size, chunk, parts)
         if cut.share <= MAX_SHARE and 4 * chunk * (cut.share + 4) <= SHARED_BYTES:
             yield cut
-
-
-class _Sampler:
-    """The options of a row, and the passes over one part of it that draw its token.
-
-    A candidate is a (token, logit).
-    """
-
-    def __init__(self, part: RowPart, options, leaders: "_Leaders"):
-        self.part, self.leaders = part, leaders
-        values = [options[i, part.lane] for i in range(options.shape[0])]
-        self.factor, self.top_k, self.top_p, self.min_p = values[:4]
-        self.greedy, self.keeps_all, self.weighs, self.leads = (value != 0 for value in values[4:8])
-        halves = [half.astype(jnp.int32).astype(jnp.uint32) for half in values[8:]]
-        self.keys = halves[0] * 2**16 + halves[1], halves[2] * 2**16 + halves[3]
-
-    def score(self, i, x, shift):
-        """Noisy logits over temperature; the shift, a logit near the maximum, leaves room for the noise."""
-        bits = reference.hash_tokens(*self.keys, self.part.tokens(i).astype(jnp.uint32))
-        return (x - shift) * self.factor + reference.gumbel_from_bits(bits)
-
-    def likely(self, x, maximum):
-        """Whether min-p keeps the tokens of these logits."""
-        return weight(x, maximum, self.factor) >= self.min_p
-
-    def before(self, i, x, candidate):
-        token, value = candidate
-        return (x > value) | ((x == value) & (self.part.tokens(i) < token))
-
-    def nothing(self):
-        """The state of `better` before any token."""
-        return self.part.full(LOWEST), self.part.full(0, jnp.int32)
-
-    def scan(self):
-        """Maximum, softmax denominator, and the `winner` among all tokens with its logit, scalars.
-
-        Scores are relative to the maximum of the part.
-        """
-
-        def also(i, x, shift, maxima, best):
-            return better(True, i, self.score(i, x, shift), best)
-
-        maximum, total, shift, _, best = self.part.softmax(self.factor, also, self.nothing())
-        score, token = self.winner(best)
-        score = jnp.where(token == NO_TOKEN, LOWEST, score + (shift - maximum) * self.factor)
-        return maximum, total, score, token, self.part.value(token)
-
-    def fold(self, leading, step: Callable, state):
-        """step(trips, x, state) over all tokens, or over the leaders alone."""
-        return lax.cond(
-            leading, lambda: self.leaders.fold(self.part, step, state), lambda: self.part.fold(step, state)
-        )
-
-    def weigh(self, leading, candidate, maximum):
-        """Count and mass of the tokens before the candidate, scalars float32."""
-
-        def step(i, x, state):
-            count, mass = state
-            before = jnp.where(self.before(i, x, candidate), self.part.full(1.0), self.part.full(0.0))
-            return count + before, mass + before * weight(x, maximum, self.factor)
-
-        counts, masses = self.fold(leading, step, (self.part.full(0.0), self.part.full(0.0)))
-        return jnp.sum(counts), jnp.sum(masses)
-
-    def draw(self, leading, candidate, maximum):
-        """Score, token and logit of the `winner` among the likely tokens before the candidate, scalars."""
-
-        def step(i, x, best):
-            among = self.before(i, x, candidate) & self.likely(x, maximum)
-            return better(among, i, self.score(i, x, maximum), best)
-
-        score, token = self.winner(self.fold(leading, step, self.nothing()))
-        return score, token, self.part.value(token)
-
-    def winner(self, state):
-        """Largest score and its lowest token id (NO_TOKEN: none), scalars."""
-        best, trips = state
-        top = jnp.max(best)
-        token = -jnp.max(jnp.where(best == top, -self.part.tokens(trips), -NO_TOKEN))
-        return top, jnp.where(top > LOWEST, token, NO_TOKEN)
-
-    def settle(self, leading, candidate, verdict, maximum, total):
-        """The token of the row: while the candidate is not kept, another is drawn before it."""
-
-        def kept(candidate):
-            none = candidate[0] == NO_TOKEN
-            likely = self.likely(candidate[1], maximum)
-
-            def weigh():
-                reports = self.part.exchange(WEIGHED, self.weigh(leading, candidate, maximum))
-                count, mass = (sum(report[i] for report in reports) for i in range(2))
-                within = (count < self.top_k) & (mass <= total * self.top_p)
-                return within | (count == 0.0)  # the first token is always kept
-
-            return lax.cond(likely & self.weighs & ~none, weigh, lambda: likely | none)
-
-        def draw(candidate):
-            return merge_winners(self.part.exchange(DRAWN, self.draw(leading, candidate, maximum)))
-
-        def judge(state):
-            candidate, verdict = state
-            keeps = lax.cond(verdict == REJECTED, lambda: jnp.bool_(False), lambda: kept(candidate))
-            candidate = lax.cond(keeps, lambda: candidate, lambda: draw(candidate))
-            return candidate, jnp.where(keeps, KEPT, UNKNOWN)
-
-        return lax.while_loop(lambda state: state[1] != KEPT, judge, (candidate, verdict))[0][0]
 
 
 class _Leaders:
@@ -178,24 +80,37 @@ class _Leaders:
         plgpu.commit_smem()
 
 
-def better(among, trip, scores, state):
-    """Best score of each place of a chunk and the trip it is from; ids rise: ties keep the lowest."""
-    best, trips = state
-    wins = scores > best if among is True else among & (scores > best)
-    return jnp.where(wins, scores, best), jnp.where(wins, trip, trips)
+class _RowSampler(Sampler):
+    """A row with leaders, to which passes that are `leading` keep."""
+
+    part: RowPart
+
+    def __init__(self, part: RowPart, options, leaders: _Leaders):
+        super().__init__(part, options)
+        self.leaders = leaders
+
+    def fold(self, leading, step: Callable, state):
+        """step(trips, x, state) over all tokens, or over the leaders alone."""
+        return lax.cond(
+            leading, lambda: self.leaders.fold(self.part, step, state), lambda: self.part.fold(step, state)
+        )
+
+    def scan(self):
+        """Maximum, softmax denominator, and the `winner` among all tokens with its logit, scalars.
+
+        Scores are relative to the maximum of the part.
+        """
+
+        def also(i, x, shift, maxima, best):
+            return better(True, i, self.score(i, x, shift), best)
+
+        maximum, total, shift, _, best = self.part.softmax(self.factor, also, self.nothing())
+        score, token = self.winner(best)
+        score = jnp.where(token == NO_TOKEN, LOWEST, score + (shift - maximum) * self.factor)
+        return maximum, total, score, token, self.part.value(token)
 
 
-def merge_winners(reports):
-    """(token int32, value) of the largest of the (score, token, value) reports, the lowest id among equals."""
-    score, token, value = reports[0]
-    for other_score, other_token, other_value in reports[1:]:
-        wins = (other_score > score) | ((other_score == score) & (other_token < token))
-        score, token = jnp.where(wins, other_score, score), jnp.where(wins, other_token, token)
-        value = jnp.where(wins, other_value, value)
-    return token.astype(jnp.int32), value
-
-
-def _from_all(row: _Sampler):
+def _from_all(row: _RowSampler):
     """Maximum, softmax denominator, whether to go on with leaders alone, the verdict on a candidate, and it."""
     reports = row.part.exchange(SCANNED, row.scan())
     maximum, total = merge_softmax([report[:2] for report in reports], row.factor)
@@ -206,7 +121,7 @@ def _from_all(row: _Sampler):
     return maximum, total, jnp.bool_(False), verdict, *candidate
 
 
-def _from_leaders(row: _Sampler):
+def _from_leaders(row: _RowSampler):
     """As `_from_all`, by a first pass that finds the leaders and draws no noise."""
 
     def also(i, x, shift, first, state):
@@ -253,7 +168,7 @@ def _pivot(top_k, floor, maximum):
     return floor + (maximum - floor) * jnp.clip(share, -1.0, 1.0)
 
 
-def _largest(row: _Sampler):
+def _largest(row: _RowSampler):
     """The first token of the largest logit; -1 for a row that holds a NaN."""
 
     def step(i, x, state):
@@ -270,7 +185,7 @@ def _largest(row: _Sampler):
     return jnp.where(bad, -1, jnp.where(top > LOWEST, token, 0))
 
 
-def _drawn(row: _Sampler):
+def _drawn(row: _RowSampler):
     """The token drawn for a row; -1 if it holds a NaN."""
     maximum, total, leading, verdict, *candidate = lax.cond(
         row.leads, functools.partial(_from_leaders, row), functools.partial(_from_all, row)
@@ -281,48 +196,32 @@ def _drawn(row: _Sampler):
     return jnp.where(bad, -1, jnp.where(none, 0, token))
 
 
-def _draw(part: RowPart, options, *refs, known: bool):
+def _draw(part: RowPart, options, *refs, is_known: bool):
     *known_refs, out_ref, leaders, trips = refs
-    row = _Sampler(part, options, _Leaders(leaders, trips))
+    row = _RowSampler(part, options, _Leaders(leaders, trips))
 
     def store(token):
         @pl.when(part.part == 0)
         def _store():
             out_ref[part.lane] = token
 
-    if not known:
+    if not is_known:
         part.fetch()
         store(lax.cond(row.greedy, functools.partial(_largest, row), functools.partial(_drawn, row)))
         return
+    known = known_refs[0][part.lane]
+    pl.when(known != reference.UNDRAWN)(lambda: store(known))
 
-    @pl.when(row.greedy)
-    def _known():
-        store(known_refs[0][part.lane])
-
-    @pl.when(~row.greedy)
+    @pl.when(known == reference.UNDRAWN)
     def _unknown():
         part.fetch()
         store(_drawn(row))
 
 
 @lower_once("cut", "interpret")
-def _sample(logits, temperature, top_k, top_p, min_p, seeds, positions, greedy_tokens, cut, interpret):
-    num_lanes, vocab_size = logits.shape
-    greedy = temperature <= 0.0
-    weighs = (top_k < vocab_size) | (top_p < 1.0)
-    keeps_all = greedy | ~(weighs | (min_p > 0.0))
-    leads = ~greedy & (top_k <= cut.parts * cut.chunk // 4)
-    factor = jnp.where(greedy, 1.0, 1.0 / jnp.where(greedy, 1.0, temperature))
-    halves = [half for key in reference.row_keys(seeds, positions) for half in (key >> 16, key & 0xFFFF)]
-    top_p = jnp.where(top_p < 1.0, top_p, jnp.inf)
-    # One array, in one type that holds all of it, costs one kernel to make.
-    numbers = [jnp.minimum(factor, 1e30), jnp.clip(top_k, 1, NO_TOKEN), top_p, jnp.minimum(min_p, 1.0)]
-    options = [*numbers, greedy, keeps_all, weighs, leads, *halves]
-    operands = [jnp.stack([option.astype(jnp.float32) for option in options])]
-    known = greedy_tokens is not None
-    if known:
-        operands.append(greedy_tokens)
-    outputs = [((num_lanes,), jnp.int32)]
+def _sample(logits, options, known, cut, interpret):
+    operands = [options] if known is None else [options, known]
+    outputs = [((logits.shape[0],), jnp.int32)]
     leaders = [plgpu.SMEM((2, cut.chunk), dtype) for dtype in (jnp.float32, jnp.int32)]
-    body = functools.partial(_draw, known=known)
+    body = functools.partial(_draw, is_known=known is not None)
     return row_parts.launch(body, cut, logits, operands, outputs, 5, interpret, leaders)[0]

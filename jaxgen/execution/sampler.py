@@ -120,17 +120,27 @@ def draw(logits: jax.Array, params: RowParams) -> jax.Array:
 
 
 def draw_by_head(
-    hidden: jax.Array, weight: jax.Array, params: RowParams, real: jax.Array, *, logprobs: bool
-) -> tuple[jax.Array, jax.Array]:
-    """Next tokens [B] int32 of hidden rows [B, D] under a head [V, D]; -1 marks a row with NaN.
+    hidden: jax.Array,
+    weight: jax.Array,
+    params: RowParams,
+    real: jax.Array,
+    *,
+    logprobs: bool,
+    original: bool,
+) -> kernels_pallas.HeadSample:
+    """Next tokens of hidden rows [B, D] under a head [V, D], and logits; -1 marks a row with NaN.
 
-    Also logits [B, V] float32, in which `real` rows that are sampled or, with `logprobs`, want log-probabilities are
-    filled in; others may hold anything.
+    Logits are filled in for `real` rows that are sampled or, with `logprobs`, want log-probabilities; others may hold
+    anything. `original`: as in `output_log_probabilities`.
     """
     temperature, *options = _options(params)
-    wanted = real & params.wants(L.LOGPROBS) if logprobs else None
     return kernels_pallas.head_sample(
-        hidden, weight, jnp.where(real, temperature, 0.0), *options, wanted=wanted
+        hidden,
+        weight,
+        jnp.where(real, temperature, 0.0),
+        *options,
+        wanted=real & params.wants(L.LOGPROBS) if logprobs else None,
+        summary_temperature=_logprob_temperature(params, original) if logprobs else None,
     )
 
 
@@ -151,14 +161,16 @@ def log_probabilities(
     logprob_ids: jax.Array,
     top: int,
     temperature: jax.Array | None = None,
+    summary: kernels_pallas.LogitSummary | None = None,
 ) -> Logprobs:
     """log_softmax statistics of logits [B, V] float32 for chosen [B] and logprob_ids [B, M] (-1 = none).
 
-    The logits count divided by the temperature [B]; 0, or None, leaves them as they are.
+    The logits count divided by the temperature [B]; 0, or None, leaves them as they are. A summary of the logits
+    at this temperature, if there is one, saves reading them all.
     """
     if temperature is None:
         temperature = jnp.zeros(chosen.shape, jnp.float32)
-    found = kernels_pallas.log_probabilities(logits, chosen, temperature, top)
+    found = kernels_pallas.log_probabilities(logits, chosen, temperature, top, summary=summary)
     divisor = jnp.where(temperature > 0, temperature, 1.0)[:, None]
     asked = jnp.take_along_axis(logits, jnp.maximum(logprob_ids, 0), axis=-1) / divisor  # [B, M]
     id_values = asked - found.normaliser[:, None]
@@ -175,21 +187,33 @@ def no_log_probabilities(rows: int, width: int, top: int) -> Logprobs:
 
 
 def output_log_probabilities(
-    logits: jax.Array, tokens: jax.Array, params: RowParams, top: int, *, original: bool, skips: bool
+    logits: jax.Array,
+    tokens: jax.Array,
+    params: RowParams,
+    top: int,
+    *,
+    original: bool,
+    skips: bool,
+    summary: kernels_pallas.LogitSummary | None = None,
 ) -> Logprobs:
     """Log-probabilities of the drawn tokens [B] under edited logits [B, V] / temperature.
 
-    `original` leaves the temperature out. `skips`: not computed when no row wants them.
+    `original` leaves the temperature out. `skips`: not computed when no row wants them. `summary`: of the logits, from
+    `draw_by_head`.
     """
     rows, width = params.logprob_ids.shape
 
     def compute(x):
-        temperature = params.floats[:, L.TEMPERATURE]
-        temperature = jnp.zeros_like(temperature) if original else temperature
-        return log_probabilities(x, tokens, params.logprob_ids, top, temperature)
+        temperature = _logprob_temperature(params, original)
+        return log_probabilities(x, tokens, params.logprob_ids, top, temperature, summary)
 
     if not skips:
         return compute(logits)
     return jax.lax.cond(
         params.wants(L.LOGPROBS).any(), compute, lambda x: no_log_probabilities(rows, width, top), logits
     )
+
+
+def _logprob_temperature(params: RowParams, original: bool) -> jax.Array:
+    temperature = params.floats[:, L.TEMPERATURE]
+    return jnp.zeros_like(temperature) if original else temperature

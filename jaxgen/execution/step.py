@@ -182,6 +182,7 @@ def prefill_step(spec: StepSpec, tokens: int, rows: int, variant: Variant) -> Ca
 
 def _sample(spec: StepSpec, variant: Variant, model, hidden, params, counts, rows, real):
     """Draws a token for each of the B rows of hidden [B, D]; counts the real ones of penalised rows."""
+    summary = None
     if variant.edits:
         in_range = jnp.minimum(rows, counts.shape[0] - 1)
         logits = spec.logits(model, hidden)  # [B, V] float32
@@ -191,12 +192,24 @@ def _sample(spec: StepSpec, variant: Variant, model, hidden, params, counts, row
         logits = spec.logits(model, hidden)
         drawn = sampler.draw(logits, params)
     else:
-        weight = model.head.weight[...]
-        drawn, logits = sampler.draw_by_head(hidden, weight, params, real, logprobs=variant.logprobs)
+        drawn, logits, summary = sampler.draw_by_head(
+            hidden,
+            model.head.weight[...],
+            params,
+            real,
+            logprobs=variant.logprobs,
+            original=spec.original_logprobs,
+        )
     logprobs = None
     if variant.logprobs:
         logprobs = sampler.output_log_probabilities(
-            logits, drawn, params, variant.top_logprobs, original=spec.original_logprobs, skips=spec.skips
+            logits,
+            drawn,
+            params,
+            variant.top_logprobs,
+            original=spec.original_logprobs,
+            skips=spec.skips,
+            summary=summary,
         ).packed()
     if variant.edits:
         counted = real & params.wants(L.PENALTIES) & (drawn >= 0)

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels_pallas import head_kernel, head_sample, mosaic, sample_kernel
+from kernels_pallas import head_kernel, head_sample, log_probabilities, mosaic, row_sampler, sample_kernel
 from kernels_pallas.head_kernel import HeadConfig
 from kernels_pallas.row_parts import Cut
 from tests.kernels.interpreter import no_races
@@ -46,7 +46,7 @@ def test_interpreted_kernel_finds_the_first_of_the_largest_logits(case, seed, ro
     needed = jnp.arange(tokens) == row
     with no_races():
         params = plgpu.InterpretGPUParams(detect_races=True)
-        got, logits = head_kernel._run(hidden, weight, needed, config, params)
+        got, logits = head_kernel._run(hidden, weight, needed, None, config, params)
     want, exact = expected(hidden, weight)
     assert np.asarray(got).tolist() == want.tolist()
     np.testing.assert_array_equal(np.asarray(logits)[row], exact[row])
@@ -57,11 +57,29 @@ def test_tiles_that_overlap_agree():
     hidden, weight = operands(136, 160, 64, 0)
     config = HeadConfig(columns=64, cluster=2, chunk=64, stages=2, blocks=4)
     got, logits = head_kernel._run(
-        hidden, weight, jnp.ones(136, bool), config, plgpu.InterpretGPUParams(detect_races=False)
+        hidden, weight, jnp.ones(136, bool), None, config, plgpu.InterpretGPUParams(detect_races=False)
     )
     want, exact = expected(hidden, weight)
     assert np.asarray(got).tolist() == want.tolist()
     np.testing.assert_array_equal(logits, exact)
+
+
+@settings(max_examples=4, deadline=None)
+@given(case=st.sampled_from(CASES[:1]), seed=st.integers(0, 100))
+def test_interpreted_kernel_summarises_tiles_of_logits(case, seed):
+    tokens, vocab_size, size, config = case
+    hidden, weight = operands(tokens, vocab_size, size, seed)
+    factor = jnp.linspace(0.1, 1.5, tokens)
+    with no_races():
+        params = plgpu.InterpretGPUParams(detect_races=True)
+        got, _, *summary = head_kernel._run(hidden, weight, jnp.ones(tokens, bool), factor, config, params)
+    want, logits = expected(hidden, weight)
+    assert np.asarray(got).tolist() == want.tolist()
+    split = logits.reshape(tokens, -1, head_kernel.TILE)
+    maxima = split.max(axis=2)
+    np.testing.assert_array_equal(summary[0][:tokens, : maxima.shape[1]], maxima)
+    sums = np.exp((split - maxima[:, :, None]) * np.asarray(factor, np.float64)[:, None, None]).sum(axis=2)
+    np.testing.assert_allclose(summary[1][:tokens, : maxima.shape[1]], sums, rtol=1e-5)
 
 
 def test_known_tokens_of_greedy_lanes_are_taken_and_the_others_drawn():
@@ -77,14 +95,13 @@ def test_known_tokens_of_greedy_lanes_are_taken_and_the_others_drawn():
         full(3, np.int32),
         full(7, np.int32),
     )
-    known, cut = jnp.array([5, 6, 7, 8], jnp.int32), Cut(600, 128, 2)
-    params = plgpu.InterpretGPUParams()
-    alone = sample_kernel._sample(
-        logits[::2], temperature[::2], *(o[::2] for o in options), None, cut, params
-    )
+    known, cut = jnp.array([-2, 6, -2, 8], jnp.int32), Cut(600, 128, 2)
+    numbers = row_sampler.options_of(temperature, *options, cut)
+    params = plgpu.InterpretGPUParams(detect_races=True)
     with no_races():
-        params = plgpu.InterpretGPUParams(detect_races=True)
-        got = sample_kernel._sample(logits, temperature, *options, known, cut, params)
+        alone = sample_kernel._sample(logits[::2], numbers[:, ::2], None, cut, params)
+    with no_races():
+        got = sample_kernel._sample(logits, numbers, known, cut, params)
     assert np.asarray(got).tolist() == [int(alone[0]), 6, int(alone[1]), 8]
 
 
@@ -95,12 +112,13 @@ def spec(*shape, dtype=jnp.float32):
 @pytest.mark.parametrize("tokens", [8, 64, 72, 256, 384])
 @pytest.mark.parametrize(("vocab_size", "size"), [(151936, 896), (128256, 4096), (49152, 576)])
 def test_default_configuration_lowers_for_hopper(tokens, vocab_size, size):
-    arrays = spec(tokens, size, dtype=jnp.bfloat16), spec(vocab_size, size, dtype=jnp.bfloat16)
-    function = head_kernel.largest
-    lowered = (
-        jax.jit(function).trace(*arrays, spec(tokens, dtype=jnp.bool_)).lower(lowering_platforms=("cuda",))
-    )
-    assert "mosaic_gpu" in lowered.as_text()
+    hidden, weight = spec(tokens, size, dtype=jnp.bfloat16), spec(vocab_size, size, dtype=jnp.bfloat16)
+
+    def function(hidden, weight, temperature):
+        return call(hidden, weight, temperature, summary_temperature=temperature, implementation="mosaic")
+
+    lowered = jax.jit(function).trace(hidden, weight, spec(tokens)).lower(lowering_platforms=("cuda",))
+    assert lowered.as_text().count("mosaic_gpu") >= 2
 
 
 def call(hidden, weight, temperature, **keywords):
@@ -115,7 +133,8 @@ def call(hidden, weight, temperature, **keywords):
 def test_without_the_kernel_it_is_the_product_and_its_sample():
     rng = np.random.default_rng(0)
     hidden, weight = rng.normal(size=(3, 32)).astype(np.float32), rng.normal(size=(40, 32)).astype(np.float32)
-    tokens, logits = call(hidden, weight, jnp.array([0.0, 0.0, 1.0]))
+    tokens, logits, summary = call(hidden, weight, jnp.array([0.0, 0.0, 1.0]))
+    assert summary is None
     np.testing.assert_allclose(logits, hidden @ weight.T, rtol=1e-5, atol=1e-5)
     assert tokens[:2].tolist() == (hidden @ weight.T)[:2].argmax(axis=1).tolist()
     assert 0 <= tokens[2] < 40
@@ -135,33 +154,59 @@ def test_operands_that_do_not_fit_are_named(shapes, message):
 
 
 def test_operands_the_kernel_cannot_take_are_named():
-    def run(tokens, dtype=jnp.bfloat16):
-        call(
-            jnp.zeros((tokens, 64), dtype),
-            jnp.zeros((1024, 64), dtype),
-            jnp.zeros(tokens),
-            implementation="mosaic",
-        )
+    def run(tokens, size=64, dtype=jnp.bfloat16):
+        arrays = jnp.zeros((tokens, size), dtype), jnp.zeros((1024, size), dtype)
+        call(*arrays, jnp.zeros(tokens), implementation="mosaic")
 
     with pytest.raises(ValueError, match="12 tokens"):
         run(12)
+    with pytest.raises(ValueError, match="multiple of 64"):
+        run(8, size=96)
     with pytest.raises(ValueError, match="not bfloat16"):
-        run(8, jnp.float32)
+        run(8, dtype=jnp.float32)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(mosaic.device_without_kernels() is not None, reason="needs a Hopper GPU")
-@pytest.mark.parametrize("tokens", [8, 64, 72, 160, 256, 320])
-@pytest.mark.parametrize(("vocab_size", "size"), [(151936, 896), (49152, 576)])
+@pytest.mark.parametrize(
+    ("tokens", "vocab_size", "size"),
+    [(8, 151936, 896), (72, 151936, 896), (256, 151936, 896), (320, 49152, 576), (64, 49152, 576)],
+)
 def test_kernel_on_the_gpu_finds_the_largest(tokens, vocab_size, size):
     hidden, weight = operands(tokens, vocab_size, size, tokens)
     weight = weight.at[vocab_size // 2, 0].set(jnp.inf)  # one NaN in a row; on CPUs a maximum may lose it
     logits = jnp.dot(hidden, weight.T, preferred_element_type=jnp.float32)  # exact
-    want = jnp.where(jnp.isnan(logits).any(axis=1), -1, jnp.nanargmax(logits, axis=1))
-    temperature = jnp.where(jnp.arange(tokens) == 5, 1.0, 0.0)
-    got, written = jax.jit(call)(hidden, weight, temperature)
+    want = np.where(np.isnan(logits).any(axis=1), -1, np.nanargmax(logits, axis=1))
+    drawn = tokens // 2
+    temperature = jnp.zeros(tokens).at[drawn].set(1.0)
+    got, written, _ = jax.jit(call)(hidden, weight, temperature)
     greedy = np.asarray(temperature) == 0
-    assert np.asarray(got)[greedy].tolist() == np.asarray(want)[greedy].tolist()
-    np.testing.assert_array_equal(written[5], logits[5])
-    _, written = jax.jit(call)(hidden, weight, temperature, wanted=jnp.ones(tokens, bool))
+    assert np.asarray(got)[greedy].tolist() == want[greedy].tolist()
+    np.testing.assert_array_equal(written[drawn], logits[drawn])
+    _, written, _ = jax.jit(functools.partial(call, wanted=jnp.ones(tokens, bool)))(
+        hidden, weight, temperature
+    )
     np.testing.assert_array_equal(written, logits)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(mosaic.device_without_kernels() is not None, reason="needs a Hopper GPU")
+@pytest.mark.parametrize("tokens", [64, 160, 256])
+def test_summary_on_the_gpu_gives_the_log_probabilities(tokens):
+    hidden, weight = operands(tokens, 151936, 896, tokens)
+    logits = jnp.dot(hidden, weight.T, preferred_element_type=jnp.float32)  # exact
+    chosen, temperature = jnp.arange(tokens, dtype=jnp.int32), jnp.full(tokens, 0.7)
+
+    @jax.jit
+    def run(hidden, weight):
+        wanted = jnp.ones(tokens, bool)
+        _, written, summary = call(
+            hidden, weight, 0 * temperature, wanted=wanted, summary_temperature=temperature
+        )
+        return log_probabilities(written, chosen, temperature, 5, summary=summary)
+
+    got = run(hidden, weight)
+    wanted = log_probabilities(logits, chosen, temperature, 5, implementation="reference")
+    np.testing.assert_array_equal(got.top_ids, wanted.top_ids)
+    for name in ("top_values", "chosen", "normaliser"):
+        np.testing.assert_allclose(getattr(got, name), getattr(wanted, name), rtol=1e-5, atol=1e-4)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels_pallas import log_probabilities, logprob_kernel, mosaic
+from kernels_pallas import LogitSummary, log_probabilities, logprob_kernel, mosaic
 from kernels_pallas.row_parts import Cut
 from tests.kernels.interpreter import no_races
 
@@ -43,6 +43,19 @@ def check(got, logits, tokens, temperature, top_n):
 def test_reference_is_the_log_softmax_in_order(vocab_size, top_n, seed):
     operands = rows(vocab_size, seed=seed)
     check(log_probabilities(*operands, top_n, implementation="reference"), *operands, top_n)
+
+
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(tiles=st.integers(1, 12), size=st.integers(4, 30), top_n=st.integers(0, 4), seed=st.integers(0, 1000))
+def test_a_summary_of_the_logits_gives_the_log_softmax_in_order(tiles, size, top_n, seed):
+    logits, tokens, temperature = rows(tiles * size, seed=seed)
+    split = np.asarray(logits).reshape(4, tiles, size)
+    maxima = np.maximum(split.max(axis=2), -3e38)
+    divisor = np.where(np.asarray(temperature) > 0, temperature, 1.0)[:, None, None]
+    sums = np.exp((split - maxima[:, :, None]) / divisor).sum(axis=2)
+    summary = LogitSummary(jnp.asarray(maxima), jnp.asarray(sums))
+    got = log_probabilities(logits, tokens, temperature, top_n, summary=summary)
+    check(got, logits, tokens, temperature, top_n)
 
 
 @pytest.mark.parametrize(("vocab_size", "top_n"), [(1160, 7), (512, 0)])

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels_pallas import gumbel_noise, mosaic, reference, sample_kernel
+from kernels_pallas import gumbel_noise, mosaic, reference, row_sampler, sample_kernel
 from kernels_pallas.row_parts import Cut
 from tests.kernels import oracle
 from tests.kernels.interpreter import no_races
@@ -33,12 +33,17 @@ def rows(logits_scale, vocab_size, seed=0):
     return [jnp.asarray(x) for x in (logits, temperature, top_k, top_p, min_p, seeds, positions)]
 
 
+def interpreted(logits, *options, known=None):
+    *options, cut, params = options
+    return sample_kernel._sample(logits, row_sampler.options_of(*options, cut), known, cut, params)
+
+
 @pytest.mark.parametrize("lanes", [[0, 1, 2], [3, 4], [5, 6, 7]])
 def test_interpreted_kernel_draws_what_the_reference_draws(lanes):
     operands = [x[np.array(lanes)] for x in rows(2.0, 1160)]
     params = plgpu.InterpretGPUParams(detect_races=True)
     with no_races():
-        got = sample_kernel._sample(*operands, None, Cut(1160, 256, 3), params)
+        got = interpreted(*operands, Cut(1160, 256, 3), params)
     assert np.asarray(got).tolist() == np.asarray(reference.sample(*operands)).tolist()
 
 
@@ -82,9 +87,7 @@ def test_interpreted_kernel_draws_the_noisy_maximum_of_the_kept_tokens(lanes, se
     dtypes = {2: "f4", 3: "i4", 4: "f4", 5: "f4"}
     options = [np.asarray([lane[i] for lane in lanes], dtype) for i, dtype in dtypes.items()]
     seeds = np.arange(4, dtype=np.int32) + seed
-    got = sample_kernel._sample(
-        logits, *options, seeds, seeds, None, Cut(600, 128, 1), plgpu.InterpretGPUParams()
-    )
+    got = interpreted(logits, *options, seeds, seeds, Cut(600, 128, 1), plgpu.InterpretGPUParams())
     noise = np.asarray(gumbel_noise(seeds, seeds, 600), np.float64)
     for row, (kind, _, temperature, *truncation) in enumerate(lanes):
         if kind == "bad":
@@ -108,7 +111,9 @@ def test_candidates_of_the_tuner_lower_for_hopper():
     f, i = (jax.ShapeDtypeStruct((4,), dtype) for dtype in (jnp.float32, jnp.int32))
     operands = (jax.ShapeDtypeStruct((4, vocab_size), jnp.float32), f, i, f, f, i, i)
     for cut in sample_kernel.candidates(4, vocab_size):
-        lowered = sample_kernel._sample.trace(*operands, None, cut, None).lower(lowering_platforms=("cuda",))
+        options = row_sampler.options_of(*(jnp.zeros(x.shape, x.dtype) for x in operands[1:]), cut)
+        traced = sample_kernel._sample.trace(operands[0], options, None, cut, None)
+        lowered = traced.lower(lowering_platforms=("cuda",))
         assert "mosaic_gpu" in lowered.as_text()
 
 
