@@ -86,7 +86,7 @@ class Engine:
         self._loop: EngineLoop | None = None
         self._runner: Runner | None = None
         self._restore_thresholds: Callable[[], None] = lambda: None
-        self._collections: contextlib.AbstractContextManager[None] = garbage.RareFullCollections()
+        self._collections: contextlib.AbstractContextManager[None] = garbage.RareCollections()
         self._closed = False
         self._closing = threading.RLock()
         self._pid = os.getpid()

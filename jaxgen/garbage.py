@@ -6,6 +6,7 @@ import gc
 import threading
 from collections.abc import Callable
 
+YOUNG = 5000  # new objects before a collection
 RARE = 1000  # collections of the middle generation before a full one
 
 
@@ -22,12 +23,15 @@ def set_thresholds(*thresholds: int) -> Callable[[], None]:
     return restore
 
 
-class RareFullCollections:
-    """A context in which full garbage collections are rare; any number of threads may be in it.
+class RareCollections:
+    """A context in which garbage collections are rare, full ones above all; any number of threads may be in it.
 
     A full collection visits every token id of every prompt and every log-probability of every result. For a few
     hundred requests that is some 0.1 s in which no thread launches anything, spent in vain: nothing that a request
     leaves behind is in a cycle. The thresholds are the whole process's, so outside they are what they were.
+
+    Collections of new objects took 60 to 110 ms of a call for 256 x 128 tokens with five log-probabilities each when
+    they came every 700 objects, and take 26 to 37 (Python 3.12, two cores).
     """
 
     def __init__(self) -> None:
@@ -41,7 +45,7 @@ class RareFullCollections:
             self._inside += 1
             if self._inside == 1:
                 youngest, middle, full = gc.get_threshold()
-                self._restore = set_thresholds(youngest, middle, max(full, RARE))
+                self._restore = set_thresholds(max(youngest, YOUNG), middle, max(full, RARE))
 
     def __exit__(self, *exc_info: object) -> None:
         with self._lock:
