@@ -102,7 +102,8 @@ def _decode(
     if sinks is not None:
         operands["sinks"] = sinks.astype(jnp.float32)
     idle_lanes = 0  # blocks of threads as of further lanes, for multiprocessors that would have no work
-    if ahead and not interpreted:  # the interpreter has no L2 cache
+    fetched = prefetch.shares(ahead)
+    if any(fetched) and not interpreted:  # the interpreter has no L2 cache
         idle_lanes = max(mosaic.multiprocessors() // (num_kv_heads * splits) - num_lanes, 0)
     operands |= {f"ahead{i}": weight for i, weight in enumerate(ahead if idle_lanes else ())}
     if config.longest_first:
@@ -291,7 +292,7 @@ def _decode(
             # A long lane needs the memory itself, and would push the weights out of the cache.
             @pl.when((thread == 1) & ~is_lane & (length <= prefetch.MOST_BYTES // token_bytes))
             def _fetch_ahead():
-                for i, nbytes in enumerate(prefetch.shares(ahead)):
+                for i, nbytes in enumerate(fetched):
                     if nbytes:
                         prefetch.fetch(ref[f"ahead{i}"], nbytes, number, idle_lanes * num_kv_heads * splits)
 

@@ -1,8 +1,10 @@
 """Weights brought into the L2 cache while a kernel that waits leaves the memory idle.
 
 Attention of a single lane is bound by latency and occupies few multiprocessors. Blocks of threads of the same launch
-that have no other work ask the L2 cache for what the next products read first. On an H100 that saved 1.2 us of a
-layer's 24 of Qwen2.5-0.5B and as much of Llama-3-8B's 157 (README.md, with what did not help).
+that have no other work ask the L2 cache for what the next products read. On an H100 that saved 1.2 us of a layer's 24
+of Qwen2.5-0.5B. A half of Llama-3-8B's `out` in the cache saved nothing that could be told from noise, and a step of
+the whole model took no less (README.md, with what did not help): so it is whole weights that are fetched, and of the
+one behind them what then fits.
 """
 
 import math
@@ -40,15 +42,17 @@ _REQUEST = """{{
 
 
 def shares(weights: tuple[jax.Array, ...]) -> list[int]:
-    """Bytes to fetch of each weight: all of the first ones, together up to MOST_BYTES.
+    """Bytes to fetch of each weight: whole ones, and of one behind them what then fits, together up to MOST_BYTES.
 
     None of weights below a request's size, or whose rows the cache cannot be asked for.
     """
-    left, taken = MOST_BYTES, []
+    left = MOST_BYTES
+    taken: list[int] = []
     for weight in weights:
         nbytes = weight.size * weight.dtype.itemsize
-        is_fit = nbytes >= PIECE and weight.shape[-1] * weight.dtype.itemsize % 16 == 0
-        taken.append(min(left, nbytes) if is_fit else 0)
+        can_be_asked = nbytes >= PIECE and weight.shape[-1] * weight.dtype.itemsize % 16 == 0
+        fits = nbytes <= left or any(taken)
+        taken.append(min(left, nbytes) if can_be_asked and fits else 0)
         left -= taken[-1]
     return taken
 
@@ -56,7 +60,8 @@ def shares(weights: tuple[jax.Array, ...]) -> list[int]:
 def fetch(weight, nbytes: int, block, blocks: int) -> None:
     """Ask for `nbytes` of a weight [N, K] or [P, N, K] in global memory; `block` of `blocks` asks for its share.
 
-    They are the first bytes of the stretches of rows that the blocks of `gemv_kernel` take. A warpgroup comes here.
+    They are spread over the rows: the first bytes of as many equal stretches as there are multiprocessors. A warpgroup
+    comes here.
     """
     *leading, columns = weight.shape
     row_bytes = columns * weight.dtype.itemsize

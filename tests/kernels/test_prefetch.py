@@ -41,7 +41,8 @@ QWEN = (spec(896, 896), spec(2, 4864, 896))
     ("lanes", "ahead", "heads", "fetched"),
     [
         (1, QWEN, (14, 2), True),
-        (1, (spec(4096, 4096),), (32, 8), True),
+        (1, (spec(2048, 2048),), (32, 8), True),
+        (1, (spec(4096, 4096),), (32, 8), False),  # would be there in part
         (1, (), (14, 2), False),
         (1, (spec(8, 8),), (14, 2), False),  # less than is asked for at once
         (1, QWEN, (64, 64), False),  # no multiprocessor is idle
@@ -53,7 +54,8 @@ def test_only_a_lane_alone_asks_the_cache_for_weights(lanes, ahead, heads, fetch
 
 
 def test_weights_read_first_are_fetched_whole_and_the_last_in_part():
-    assert prefetch.shares((spec(2 * MIB, 2), spec(2 * MIB, 8))) == [0, 16 * MIB]  # rows of 4 bytes
+    assert prefetch.shares((spec(2 * MIB, 2), spec(MIB, 8))) == [0, 16 * MIB]  # rows of 4 bytes
+    assert prefetch.shares((spec(2 * MIB, 8), spec(1024, 8))) == [0, 16 << 10]  # the first is too large
     assert prefetch.shares((spec(1024, 1024), spec(2, 8192, 1024), spec(64, 64))) == [2 * MIB, 14 * MIB, 0]
 
 
