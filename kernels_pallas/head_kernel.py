@@ -22,15 +22,14 @@ from jax.experimental import pallas as pl
 from kernels_pallas import mosaic
 from kernels_pallas.lowering import lower_once
 from kernels_pallas.mosaic import LOG2E, MULTIPROCESSORS, ROWS
-from kernels_pallas.row_parts import LOWEST
+from kernels_pallas.row_parts import LOWEST, NO_TOKEN
 
 LAYOUT = plgpu.Layout.WGMMA
 TILE = 128  # logits that a maximum and a sum of weights are of
 SLICE = 32  # columns of logits that are stored at once
-NO_TOKEN = 2**30
 LEAST_TOKENS, MOST_TOKENS = 8, 512  # for one, XLA's product and `sample` are as fast
 # Of a thread that multiplies and one that fetches, by warpgroups and columns, where those of the launch do not do.
-REGISTERS = {(2, 256): (232, 40), (4, 128): (112, 24)}
+REGISTERS = {(2, 256): (232, 40)}
 
 
 @dataclass(frozen=True)
@@ -73,8 +72,7 @@ def default_config(tokens: int, size: int) -> HeadConfig:
 
 
 def largest(hidden, weight, needed, factor=None):
-    """The ids [B] int32 of the largest logits, -1 where one is NaN, and logits
-    [B, V] float32, which the `needed` [B] rows have.
+    """The ids [B] int32 of the largest logits, -1 where one is NaN, and logits [B, V] float32 of the `needed` [B] rows.
 
     With `factor` [B] float32 also maxima and sums of weights of every TILE logits of the needed rows, the sum of
     exp(factor * (logit - maximum)), in arrays that begin with [B, V // TILE]. V is a multiple of TILE then.
