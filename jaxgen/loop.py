@@ -34,6 +34,7 @@ logger = logging.getLogger("jaxgen")
 T = TypeVar("T")
 
 IDLE_CHECK_SECONDS = 0.05
+HANDOVER_SECONDS = 0.005  # two threads that compute take turns of this length
 
 
 class Sink(Protocol):
@@ -236,7 +237,9 @@ class EngineLoop:
         changed = self.scheduler.collect(plan, tokens)
         extras.record_lanes()
         self._deliver(changed)
-        self.scheduler.retire()  # callers have their results meanwhile
+        if self.scheduler.is_done:
+            self._wake.wait(HANDOVER_SECONDS)  # callers first: nothing can be launched until one of them asks
+        self.scheduler.retire()
 
     def _deliver(self, requests: Iterable[Request]) -> None:
         for request in requests:

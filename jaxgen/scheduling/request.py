@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import array
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -95,6 +96,7 @@ class Request:
     match_version: int = -1
     match_length: int = 0
     prompt_array: np.ndarray | None = None
+    prompt_key: bytes | None = None
 
     def __repr__(self) -> str:
         return (
@@ -156,7 +158,12 @@ class Request:
 
     def key(self, length: int) -> bytes:
         """The first `length` ids as big-endian int32 bytes: a key of the prefix cache."""
-        return self.token_ids(0, length).astype(">i4").tobytes()
+        if self.prompt_key is None:
+            self.prompt_key = _key_of(self.prompt_ids)
+        outputs = length - len(self.prompt_ids)
+        if outputs <= 0:
+            return self.prompt_key[: 4 * length]
+        return self.prompt_key + _key_of(self.output_ids[:outputs])
 
     def append(self, token: int) -> None:
         """Take one sampled token; the first that holds ends the request: NaN, text stop, stop id, length."""
@@ -177,3 +184,11 @@ class Request:
             self.finish_reason = {"type": "stop", "matched": token}
         elif len(output) >= self.max_new_tokens:
             self.finish_reason = {"type": "length", "length": self.max_new_tokens}
+
+
+def _key_of(ids: Sequence[int]) -> bytes:
+    """Ids as big-endian int32 bytes. NumPy would let go of the interpreter lock, to get it back after up to 5 ms."""
+    found = array.array("I", ids)
+    if sys.byteorder == "little":
+        found.byteswap()
+    return found.tobytes()

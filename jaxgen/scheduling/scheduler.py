@@ -393,6 +393,11 @@ class Scheduler:
         return True
 
     @property
+    def is_done(self) -> bool:
+        """Whether all requests have ended, though some may not have retired."""
+        return len(self._leaving) == len(self._running) and not self._waiting
+
+    @property
     def has_unfinished(self) -> bool:
         """Whether any request runs or waits."""
         return bool(self._running) or bool(self._waiting)

@@ -516,9 +516,11 @@ def test_a_result_can_be_handed_over_before_its_request_leaves() -> None:
     assert isinstance(plan, Plan)
     assert scheduler.collect(plan, [7]) == [request]
     assert request.output_ids == [7] and request.finish_reason is not None
-    assert scheduler.stats().running == 1
+    assert scheduler.stats().running == 1 and scheduler.is_done
     scheduler.retire()
     assert not scheduler.has_unfinished and request.pages == []
+    scheduler.add(make_request([1, 2, 3]))
+    assert not scheduler.is_done
     scheduler.check_invariants()
 
 
