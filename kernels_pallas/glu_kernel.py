@@ -24,6 +24,7 @@ from jax.experimental import pallas as pl
 from kernels_pallas import mosaic
 from kernels_pallas.lowering import lower_once
 from kernels_pallas.mosaic import MULTIPROCESSORS, ROWS
+from kernels_pallas.product_ring import ProductRing
 
 WORKERS = 2  # warpgroups that multiply
 DEPTH = 64  # columns of x and of the weight at once
@@ -87,37 +88,20 @@ def _run(x, weight, config: GluConfig, interpret):
             tile = plgpu.planar_snake(cluster + trip * clusters, tiles, 0, config.group)
             return (tile[0] * config.cluster + rank) * rows, tile[1] * columns
 
-        def slot_of(step):
-            return lax.rem(step, jnp.int32(stages))
+        ring = ProductRing(x_smem, weight_smem, full, free, chunks, trips)
 
         @pl.when(thread == WORKERS)
         def _memory():
-            @pl.loop(0, trips)
-            def _tile(trip):
-                token, column = locate(trip)
+            def copy(place, i, slot):
+                token, column = place
+                part, arrived = pl.ds(i * DEPTH, DEPTH), full.at[slot]
+                plgpu.copy_gmem_to_smem(x_ref.at[pl.ds(token, rows), part], x_smem.at[slot], arrived)
+                for half in range(2):
+                    source = weight_ref.at[half, pl.ds(column, columns), part]
+                    target = weight_smem.at[slot, pl.ds(half * columns, columns)]
+                    plgpu.copy_gmem_to_smem(source, target, arrived, **shared)
 
-                @pl.loop(0, chunks)
-                def _chunk(i):
-                    step = trip * chunks + i
-                    slot = slot_of(step)
-
-                    @pl.when(step >= stages)
-                    def _wait():
-                        plgpu.barrier_wait(free.at[slot])
-
-                    part = pl.ds(i * DEPTH, DEPTH)
-                    arrived = full.at[slot]
-                    plgpu.copy_gmem_to_smem(x_ref.at[pl.ds(token, rows), part], x_smem.at[slot], arrived)
-                    for half in range(2):
-                        source = weight_ref.at[half, pl.ds(column, columns), part]
-                        target = weight_smem.at[slot, pl.ds(half * columns, columns)]
-                        plgpu.copy_gmem_to_smem(source, target, arrived, **shared)
-
-            steps = trips * chunks
-
-            @pl.loop(lax.max(steps - stages, jnp.int32(0)), steps)
-            def _drain(step):  # a barrier's every completion must be seen
-                plgpu.barrier_wait(free.at[slot_of(step)])
+            ring.fill(locate, copy)
 
         @pl.when(thread < WORKERS)
         def _multiply():
@@ -125,24 +109,7 @@ def _run(x, weight, config: GluConfig, interpret):
 
             @pl.loop(0, trips)
             def _tile(trip):
-                def product(acc):
-                    @pl.loop(0, chunks)
-                    def _chunk(i):
-                        step = trip * chunks + i
-                        slot = slot_of(step)
-                        plgpu.barrier_wait(full.at[slot])
-                        plgpu.wgmma(acc, x_smem.at[slot, mine], weight_smem.at[slot].transpose((1, 0)))
-                        plgpu.wgmma_wait(1)
-
-                        @pl.when(i > 0)
-                        def _release():
-                            plgpu.barrier_arrive(free.at[slot_of(step - 1)])
-
-                    value = acc[...]
-                    plgpu.barrier_arrive(free.at[slot_of(trip * chunks + chunks - 1)])
-                    return value
-
-                value = pl.run_scoped(product, plgpu.ACC((ROWS, 2 * columns), jnp.float32))
+                value = ring.product(trip, mine)
                 gate, up = value[:, :columns], value[:, columns:]
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 out_smem[thread] = mosaic.gated(gate, up).astype(x.dtype)

@@ -22,6 +22,7 @@ from jax.experimental import pallas as pl
 from kernels_pallas import mosaic
 from kernels_pallas.lowering import lower_once
 from kernels_pallas.mosaic import LOG2E, MULTIPROCESSORS, ROWS
+from kernels_pallas.product_ring import ProductRing
 from kernels_pallas.row_parts import LOWEST, NO_TOKEN
 
 LAYOUT = plgpu.Layout.WGMMA
@@ -106,39 +107,21 @@ def _run(hidden, weight, needed, factor, config: HeadConfig, interpret):
         def column_of(trip):
             return lax.min((sharer + trip * sharers) * columns, jnp.int32(vocab_size - columns))
 
-        def slot_of(step):
-            return lax.rem(step, jnp.int32(stages))
+        ring = ProductRing(x_smem, w_smem, full, free, chunks, trips)
 
         @pl.when(thread == workers)
         def _memory():
             if registers is not None:
                 plgpu.set_max_registers(registers[1], action="decrease")
 
-            @pl.loop(0, trips)
-            def _tile(trip):
-                column = column_of(trip)
+            def copy(column, i, slot):
+                part, arrived = pl.ds(i * chunk, chunk), full.at[slot]
+                source = ref["weight"].at[pl.ds(column, columns), part]
+                plgpu.copy_gmem_to_smem(source, w_smem.at[slot], arrived, **shared)
+                target = x_smem.at[slot, pl.ds(0, held)]
+                plgpu.copy_gmem_to_smem(ref["x"].at[pl.ds(token, held), part], target, arrived)
 
-                @pl.loop(0, chunks)
-                def _chunk(i):
-                    step = trip * chunks + i
-                    slot = slot_of(step)
-
-                    @pl.when(step >= stages)
-                    def _wait():
-                        plgpu.barrier_wait(free.at[slot])
-
-                    part = pl.ds(i * chunk, chunk)
-                    arrived = full.at[slot]
-                    source = ref["weight"].at[pl.ds(column, columns), part]
-                    plgpu.copy_gmem_to_smem(source, w_smem.at[slot], arrived, **shared)
-                    target = x_smem.at[slot, pl.ds(0, held)]
-                    plgpu.copy_gmem_to_smem(ref["x"].at[pl.ds(token, held), part], target, arrived)
-
-            steps = trips * chunks
-
-            @pl.loop(lax.max(steps - stages, jnp.int32(0)), steps)
-            def _drain(step):  # a barrier's every completion must be seen
-                plgpu.barrier_wait(free.at[slot_of(step)])
+            ring.fill(column_of, copy)
 
         @pl.when(thread < workers)
         def _multiply():
@@ -146,26 +129,6 @@ def _run(hidden, weight, needed, factor, config: HeadConfig, interpret):
                 plgpu.set_max_registers(registers[0], action="increase")
             mine, all_mine = pl.ds(thread * ROWS, ROWS), pl.ds(token + thread * ROWS, ROWS)
             written = ref["needed"][token_tile * workers + thread] != 0
-
-            def product(trip):
-                def accumulate(acc):
-                    @pl.loop(0, chunks)
-                    def _chunk(i):
-                        step = trip * chunks + i
-                        slot = slot_of(step)
-                        plgpu.barrier_wait(full.at[slot])
-                        plgpu.wgmma(acc, x_smem.at[slot, mine], w_smem.at[slot].transpose((1, 0)))
-                        plgpu.wgmma_wait(1)
-
-                        @pl.when(i > 0)
-                        def _release():
-                            plgpu.barrier_arrive(free.at[slot_of(step - 1)])
-
-                    value = acc[...]
-                    plgpu.barrier_arrive(free.at[slot_of(trip * chunks + chunks - 1)])
-                    return value
-
-                return pl.run_scoped(accumulate, plgpu.ACC((ROWS, columns), jnp.float32))
 
             def write(logits, column):
                 """Logits [64, columns] to memory, in slices through two buffers."""
@@ -203,7 +166,7 @@ def _run(hidden, weight, needed, factor, config: HeadConfig, interpret):
 
             def tile(trip, state):
                 best, ids = state
-                logits = product(trip)
+                logits = ring.product(trip, mine)
                 column = column_of(trip)
 
                 @pl.when(written)
