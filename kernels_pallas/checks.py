@@ -67,3 +67,10 @@ def check_heads(qkv, k_pages, v_pages, cos, sin, q_norm, k_norm) -> None:
         raise ValueError("q_norm and k_norm must both be given or both be None")
     if q_norm is not None and k_norm is not None and not q_norm.shape == k_norm.shape == (head_dim,):
         raise ValueError(f"q_norm and k_norm must be [{head_dim}], got {q_norm.shape} and {k_norm.shape}")
+
+
+def check_lanes(lanes: tuple[int, ...], **options: jax.Array | None) -> None:
+    """What is given of the options has one value per lane."""
+    for name, option in options.items():
+        if option is not None and option.shape != lanes:
+            raise ValueError(f"{name} must be [B] = {lanes}, got {option.shape}")

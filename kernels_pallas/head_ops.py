@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from kernels_pallas import head_kernel, ops, row_sampler, sample_kernel, tile_draw_kernel
+from kernels_pallas.checks import check_lanes
 from kernels_pallas.ops import Implementation, runs_kernel
 from kernels_pallas.reference import UNDRAWN, LogitSummary
 
@@ -62,9 +63,8 @@ def head_sample(
     lanes = hidden.shape[:1]
     if wanted is not None and (wanted.shape != lanes or wanted.dtype != jnp.bool_):
         raise ValueError(f"wanted must be [B] = {lanes} bool, got {wanted.shape} {wanted.dtype}")
-    for name, option in {"temperature": temperature, "summary_temperature": summary_temperature}.items():
-        if option is not None and option.shape != lanes:
-            raise ValueError(f"{name} must be [B] = {lanes}, got {option.shape}")
+    named = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
+    check_lanes(lanes, **named, seeds=seeds, positions=positions, summary_temperature=summary_temperature)
     options = temperature, top_k, top_p, min_p, seeds, positions
     logits = jax.ShapeDtypeStruct((*lanes, weight.shape[0]), jnp.float32)
     reason = head_kernel.unsupported(hidden, weight) or sample_kernel.unsupported(logits)

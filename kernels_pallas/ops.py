@@ -22,7 +22,7 @@ from kernels_pallas import (
     reference,
     sample_kernel,
 )
-from kernels_pallas.checks import check_attention, check_pages, check_scales, check_update
+from kernels_pallas.checks import check_attention, check_lanes, check_pages, check_scales, check_update
 from kernels_pallas.reference import LogitSummary, LogProbabilities
 
 Implementation = Literal["reference", "mosaic"]
@@ -338,17 +338,8 @@ def sample(
     """
     if logits.ndim != 2:
         raise ValueError(f"logits must be [B, V], got {logits.shape}")
-    options = {
-        "temperature": temperature,
-        "top_k": top_k,
-        "top_p": top_p,
-        "min_p": min_p,
-        "seeds": seeds,
-        "positions": positions,
-    }
-    for name, option in (options | {"known": known}).items():
-        if option is not None and option.shape != logits.shape[:1]:
-            raise ValueError(f"{name} must be [B] = {logits.shape[:1]}, got {option.shape}")
+    options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
+    check_lanes(logits.shape[:1], **options, seeds=seeds, positions=positions, known=known)
     kernel = runs_kernel("sample", implementation, sample_kernel.unsupported(logits))
     draw = sample_kernel.sample if kernel else reference.sample
     top_k = jnp.maximum(top_k, 1)
@@ -387,9 +378,7 @@ def log_probabilities(
     """
     if logits.ndim != 2:
         raise ValueError(f"logits must be [B, V], got {logits.shape}")
-    for name, option in {"tokens": tokens, "temperature": temperature}.items():
-        if option.shape != logits.shape[:1]:
-            raise ValueError(f"{name} must be [B] = {logits.shape[:1]}, got {option.shape}")
+    check_lanes(logits.shape[:1], tokens=tokens, temperature=temperature)
     if not 0 <= top_n <= logits.shape[1]:
         raise ValueError(f"top_n must be in 0 to V = {logits.shape[1]}, got {top_n}")
     if summary is not None:

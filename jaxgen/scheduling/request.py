@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from jaxgen.sampling_params import NAN_MATCH
+from jaxgen.scheduling.prefix_cache import ID_BYTES
 
 if TYPE_CHECKING:
     from jaxgen.scheduling.prefix_cache import Node
@@ -162,7 +163,7 @@ class Request:
             self.prompt_key = _key_of(self.prompt_ids)
         outputs = length - len(self.prompt_ids)
         if outputs <= 0:
-            return self.prompt_key[: 4 * length]
+            return self.prompt_key[: ID_BYTES * length]
         return self.prompt_key + _key_of(self.output_ids[:outputs])
 
     def append(self, token: int) -> None:

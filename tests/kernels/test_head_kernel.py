@@ -153,6 +153,15 @@ def test_operands_that_do_not_fit_are_named(shapes, message):
         call(hidden, weight, temperature)
 
 
+def test_options_of_another_number_of_lanes_are_named():
+    hidden, weight = jnp.zeros((8, 64), jnp.bfloat16), jnp.zeros((256, 64), jnp.bfloat16)
+    floats, integers = jnp.ones(8), jnp.ones(8, jnp.int32)
+    with pytest.raises(ValueError, match="top_k must be"):
+        head_sample(
+            hidden, weight, floats, integers[1:], floats, floats, integers, integers, implementation="mosaic"
+        )
+
+
 def test_operands_the_kernel_cannot_take_are_named():
     def run(tokens, size=64, dtype=jnp.bfloat16):
         arrays = jnp.zeros((tokens, size), dtype), jnp.zeros((1024, size), dtype)
