@@ -12,10 +12,17 @@ its split-K reduction, activation and residual; norms are XLA's in both:
 | 256 | 4.0 / 4.7 | 3.6 / 4.8 | 11.5 / 13.5 | 9.8 / 10.4 | 23.4 / 23.9 | 20.2 / 19.4 | 97.9 / 107.8 | 58.6 / 54.6 |
 
 The four columns in front are Qwen2.5-0.5B's; between these numbers of tokens its products win by as much. Eight tokens
-cost XLA and the kernel what sixteen do, in larger models, too, where they have not been measured. What did not help:
-blocks of a cluster that share the copies of their tokens or of their weights (equal in pairs; clusters of four do not
-fill all multiprocessors). A norm whose scale is applied to the tokens inside
-the product costs 1.0 to 2.1 us, where XLA's own takes 1.6 to 2.1: the product before scales them instead.
+cost XLA and the kernel what sixteen do, in larger models, too, where they have not been measured. Since then slots of
+64 columns are asked for in pairs where the weight is large, and a gated product has a slot more, for its results take
+the ring's memory. Gate and up of Llama-3-8B, now and before in the same run: 80.9 / 84.6 us at 16 tokens, 81.7 / 85.7
+at 64, 84.6 / 89.2 at 128 and 97.2 / 98.5 at 256 (there without pairs, which take 98.4). Copies alone of that weight
+take 82.3 us in pieces of 128 bytes of a row, 77.9 of 256 or 512, 76.7 of whole tiles in one piece, and one sum 75.3.
+
+What did not help: blocks of a cluster that share the copies of their tokens or of their weights (equal in pairs;
+clusters of four do not fill all multiprocessors). A norm whose scale is applied to the tokens inside the product costs
+1.0 to 2.1 us, where XLA's own takes 1.6 to 2.1: the product before scales them instead. Nor did pairs of slots of 128
+columns or slots of 256 (42.8 and 43.2 us instead of 43.7 for `down` of Llama-3-8B at 64 tokens, 20.1 and 20.5 instead
+of 19.9 for qkv).
 """
 
 import dataclasses
@@ -40,6 +47,7 @@ class GemmConfig:
 
     columns: of the output (gated: of each half), in a block of threads. warpgroups: that multiply, 64 tokens each.
     splits: blocks of a cluster that share the sum over K. chunk: of K, in a slot. stages: slots, two or more.
+    together: slots that are asked for at once.
     """
 
     columns: int
@@ -47,6 +55,7 @@ class GemmConfig:
     splits: int = 1
     chunk: int = 64
     stages: int = 2
+    together: int = 1
 
 
 @dataclass(frozen=True)
@@ -70,13 +79,19 @@ class Product:
                         stages = self._most_stages(warpgroups, splits, columns, chunk)
                         if stages >= min(trips, LEAST_STAGES):
                             stages = max(min(stages, trips, MOST_STAGES), 2)
-                            yield GemmConfig(columns, warpgroups, splits, chunk, stages)
+                            together = self._together(columns, chunk, stages)
+                            yield GemmConfig(columns, warpgroups, splits, chunk, stages, together)
                             break
+
+    def _together(self, columns: int, chunk: int, stages: int) -> int:
+        """Two, where memory is what limits and would be read in pieces of 128 bytes, which it delivers more slowly."""
+        is_long = self.parts == 2 and self.tokens <= 2 * ROWS and columns > 64
+        return 2 if is_long and chunk == 64 and stages > LEAST_STAGES else 1
 
     def _most_stages(self, warpgroups: int, splits: int, columns: int, chunk: int) -> int:
         tile, width = warpgroups * ROWS, self.parts * columns
         merged = tile * width * 4 if splits > 1 else 0
-        results = 2 if self.parts == 1 else 1  # one for the next norm
+        results = 2 if self.parts == 1 else 0  # one for the next norm; gated ones take the ring's memory
         written = results * tile * (columns // splits) * 2
         return (SHARED_BYTES - merged - written) // ((tile + width) * chunk * 2)
 

@@ -62,6 +62,7 @@ def _run(x, weight, squares, bias, residual, next_norm, epsilon: float, config: 
     tokens, size = x.shape
     parts, rows, _ = weight.shape
     columns, chunk, stages, splits = config.columns, config.chunk, config.stages, config.splits
+    together = config.together
     workers = config.warpgroups
     tile = workers * ROWS
     held = min(tile, tokens)  # tokens of a tile
@@ -74,6 +75,7 @@ def _run(x, weight, squares, bias, residual, next_norm, epsilon: float, config: 
     operands |= {name: operand for name, operand in optional.items() if operand is not None}
     outputs = {"out": mosaic.out_like((tokens, rows), dtype, *operands.values())}
     sums_of_squares = grid[0] * splits  # of a row, that blocks write
+    in_ring = parts == 2  # the results take the memory of the ring, once all has been multiplied
     if next_norm is not None:
         outputs["scaled"] = outputs["out"]
         shape = _round_up(tokens, SQUARES_ROWS), _round_up(sums_of_squares, 8)
@@ -82,8 +84,12 @@ def _run(x, weight, squares, bias, residual, next_norm, epsilon: float, config: 
     if splits > 1 and interpreted:
         outputs["sums"] = jax.ShapeDtypeStruct((*grid, splits, *pieces), jnp.float32)
 
-    def kernel(*refs, x_smem, w_smem, o_smem, full, free, res_bar, scaled_smem=None, sums=None, met=None):
+    def kernel(
+        *refs, x_smem, w_smem, full, free, writable, o_smem=None, scaled_smem=None, sums=None, met=None
+    ):
         ref: dict[str, Any] = dict(zip((*operands, *outputs), refs, strict=True))
+        if in_ring:
+            x_smem, o_smem = x_smem
         thread = lax.axis_index("thread")
         place, split = (lax.axis_index("columns"), lax.axis_index("tokens")), lax.axis_index("split")
         # The last tiles end with the operands and may overlap those before: both write the same values.
@@ -144,31 +150,48 @@ def _run(x, weight, squares, bias, residual, next_norm, epsilon: float, config: 
                     for index in range(sums_of_squares, _round_up(sums_of_squares, 8)):
                         mosaic.store(my_rows.at[:, index], no_squares())
 
+        def fetch_residual():
+            target = o_smem.at[pl.ds(0, held)]
+            plgpu.copy_gmem_to_smem(ref["residual"].at[my_tokens, mine], target, writable)
+
         @pl.when(thread == workers)
         def _memory():
-            if residual is not None:
-                target = o_smem.at[pl.ds(0, held)]
-                plgpu.copy_gmem_to_smem(ref["residual"].at[my_tokens, mine], target, res_bar)
+            if residual is not None and not in_ring:
+                fetch_residual()
 
-            @pl.loop(0, steps)
-            def _fetch(i):
-                slot = lax.rem(i, jnp.int32(stages))
-                place = pl.ds((begin + i) * chunk, chunk)
+            def slot_and_place(i):
+                return lax.rem(i, jnp.int32(stages)), pl.ds((begin + i) * chunk, chunk)
 
-                @pl.when(i >= stages)
-                def _wait():
-                    plgpu.barrier_wait(free.at[slot])
+            def fetch_weight(i, part):
+                slot, place = slot_and_place(i)
+                source = ref["weight"].at[part, pl.ds(column, columns), place]
+                target = w_smem.at[slot, pl.ds(part * columns, columns)]
+                plgpu.copy_gmem_to_smem(source, target, full.at[slot])
 
-                for part in range(parts):
-                    source = ref["weight"].at[part, pl.ds(column, columns), place]
-                    target = w_smem.at[slot, pl.ds(part * columns, columns)]
-                    plgpu.copy_gmem_to_smem(source, target, full.at[slot])
+            def fetch_tokens(i):
+                slot, place = slot_and_place(i)
                 source, target = ref["x"].at[my_tokens, place], x_smem.at[slot, pl.ds(0, held)]
                 plgpu.copy_gmem_to_smem(source, target, full.at[slot])
+
+            fetches = [functools.partial(fetch_weight, part=part) for part in range(parts)] + [fetch_tokens]
+
+            @pl.loop(0, mosaic.ceil_div(steps, together))
+            def _fetch(trip):
+                first, *others = (trip * together + i for i in range(together))
+                for i in (first, *others):
+                    wait = functools.partial(plgpu.barrier_wait, free.at[slot_and_place(i)[0]])
+                    pl.when((i >= stages) & (i < steps))(wait)
+                for fetch in fetches:  # what lies side by side in memory, one right after the other
+                    fetch(first)
+                    for i in others:
+                        pl.when(i < steps)(functools.partial(fetch, i))
 
             @pl.loop(lax.max(steps - stages, jnp.int32(0)), steps)
             def _drain(i):  # a barrier's every completion must be seen
                 plgpu.barrier_wait(free.at[lax.rem(i, jnp.int32(stages))])
+
+            if in_ring:
+                plgpu.barrier_arrive(writable) if residual is None else fetch_residual()
 
         @pl.when(thread < workers)
         def _multiply():
@@ -205,8 +228,9 @@ def _run(x, weight, squares, bias, residual, next_norm, epsilon: float, config: 
                     ys[part] += lax.broadcast_in_dim(row.astype(jnp.float32), ys[part].shape, [1])
             y = ys[0] if parts == 1 else mosaic.gated(*ys)
             place = o_smem.at[pl.ds(thread * ROWS, ROWS)]
+            if residual is not None or in_ring:
+                plgpu.barrier_wait(writable)
             if residual is not None:
-                plgpu.barrier_wait(res_bar)
                 y = y.astype(dtype).astype(jnp.float32) + plgpu.load(
                     place, layout=LAYOUT, optimized=False
                 ).astype(jnp.float32)
@@ -239,10 +263,12 @@ def _run(x, weight, squares, bias, residual, next_norm, epsilon: float, config: 
         else plgpu.SMEM((tile, share), dtype),
         "full": plgpu.Barrier(num_arrivals=parts + 1, num_barriers=stages),
         "free": plgpu.Barrier(**arrivals),
-        "res_bar": plgpu.Barrier(),
+        "writable": plgpu.Barrier(),
     }
     if next_norm is not None:
         scratch["scaled_smem"] = scratch["o_smem"]
+    if in_ring:
+        scratch["x_smem"] = plgpu.RefUnion(scratch["x_smem"], scratch.pop("o_smem"))
     if splits > 1 and not interpreted:
         scratch["sums"] = mosaic.exchange_buffer(pieces)
     if splits > 1 and interpreted:

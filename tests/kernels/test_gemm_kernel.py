@@ -44,6 +44,7 @@ def interpreted(case, chosen, *, detect_races):
             (16, 256, 64, GemmConfig(columns=32, stages=2)),
             (64, 256, 48, GemmConfig(columns=24, chunk=128, stages=3)),
             (128, 128, 32, GemmConfig(columns=16, warpgroups=2, stages=2)),
+            (64, 320, 32, GemmConfig(columns=16, stages=3, together=2)),  # the last chunk alone
         ]
     ),
     chosen=flags,
