@@ -91,7 +91,7 @@ def candidates(
 ) -> Iterator[DecodeConfig]:
     """Configurations worth measuring for a shape: those whose blocks of tokens fit in shared memory."""
     pairs = num_lanes * num_kv_heads
-    shares = [max(1, n * MULTIPROCESSORS // pairs) for n in (1, 2, 4)]
+    shares = sorted({max(1, n * MULTIPROCESSORS // pairs) for n in (1, 2, 4)})
     for block_kv, stages in itertools.product((64, 128), (2, 3, 4, 6)):
         configs = [
             DecodeConfig(block_kv, stages, n, longest_first=_in_waves(pairs, head_dim, n)) for n in shares

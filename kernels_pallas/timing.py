@@ -1,11 +1,17 @@
 """Seconds of compiled programs, and the rates of the GPU at hand that floors are made of."""
 
+import itertools
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+
+from kernels_pallas import device_trace
+from kernels_pallas.device_trace import Event
 
 L2_BYTES = 64 << 20
 
@@ -41,6 +47,27 @@ def compiled_seconds(
     # Enough launches back to back that the host's share of a measurement is small.
     launches = max(1, min(50, int(0.03 / max(run(1), 1e-6))))
     return statistics.median(run(launches) / (launches * calls) for _ in range(repeats))
+
+
+def device_seconds(compiled: Callable, args: Sequence, calls: int, repeats: int) -> float:
+    """As `compiled_seconds`, by the GPU's own clock: of kernels so short that the host launches them too slowly.
+
+    What passes between one kernel and the next is left out.
+    """
+    jax.block_until_ready(compiled(*args))
+    with tempfile.TemporaryDirectory(prefix="kernels-pallas-") as directory:
+        with jax.profiler.trace(directory, profiler_options=device_trace.options()):
+            for _ in range(repeats):
+                jax.block_until_ready(compiled(*args))
+        return run_seconds(device_trace.read(Path(directory)), repeats) / calls
+
+
+def run_seconds(events: Sequence[Event], runs: int) -> float:
+    """Median over equal runs, one after the other, of the time in their kernels. RuntimeError if they are not equal."""
+    durations = [event.duration for event in events if not event.is_copy]
+    if not durations or len(durations) % runs:
+        raise RuntimeError(f"The trace of {runs} runs has {len(durations)} kernels")
+    return statistics.median(map(sum, itertools.batched(durations, len(durations) // runs))) / 1e9
 
 
 def read_bandwidth(repeats: int) -> float:

@@ -20,27 +20,14 @@ from jaxgen.bench import report
 from jaxgen.bench.engines import random_prompts, vocab_size_of
 from jaxgen.bench.workloads import Workload
 from jaxgen.engine import Engine
+from kernels_pallas import device_trace
+from kernels_pallas.device_trace import Event
 
 TRACE_SECONDS = 0.06
 LEAST_STEPS = 10
 KERNELS_SHOWN = 10
 STREAM_INTERVAL = 8
 EXTRA_TOKENS = 128  # decoded while the profiler starts and stops
-MOST_BYTES = 256 << 20
-MOST_EVENTS = 2_000_000
-
-
-@dataclass(frozen=True)
-class Event:
-    """Something a GPU ran, in nanoseconds."""
-
-    start: float
-    duration: float
-    name: str
-
-    @property
-    def is_copy(self) -> bool:
-        return self.name.startswith(("Memcpy", "Memset"))
 
 
 @dataclass(frozen=True)
@@ -106,42 +93,18 @@ def decode(engine: Engine, workload: Workload, step_seconds: float, num_layers: 
             seen[next(chunks)["index"]] += 1
         with tempfile.TemporaryDirectory(prefix="jaxgen-profile-") as directory:
             _trace(engine, directory, max(TRACE_SECONDS, LEAST_STEPS * step_seconds))
-            events = read(Path(directory))
+            events = device_trace.read(Path(directory))
     finally:
         chunks.close()
     return analyse(events, step_seconds, num_layers)
 
 
 def _trace(engine: Engine, directory: str, seconds: float) -> None:
-    options = jax.profiler.ProfileOptions()
-    options.python_tracer_level = options.host_tracer_level = 0  # they would slow down the host
-    options.enable_hlo_proto = False
-    engine.start_profile(directory, profiler_options=options)
+    engine.start_profile(directory, profiler_options=device_trace.options())
     try:
         time.sleep(seconds)
     finally:
         engine.stop_profile()
-
-
-def read(directory: Path) -> list[Event]:
-    """What the first GPU ran, by start, of the trace in a directory."""
-    files = list(directory.rglob("*.xplane.pb"))
-    if len(files) != 1:
-        raise RuntimeError(f"The profiler wrote {len(files)} traces instead of one")
-    if files[0].stat().st_size > MOST_BYTES:
-        raise RuntimeError(f"The trace is larger than {MOST_BYTES >> 20} MiB: profile a smaller workload")
-    return events_of(jax.profiler.ProfileData.from_file(str(files[0])))
-
-
-def events_of(trace: jax.profiler.ProfileData) -> list[Event]:
-    """What the first GPU of a trace ran, by start."""
-    devices = sorted((p for p in trace.planes if "GPU:" in p.name), key=lambda plane: plane.name)
-    streams = (line for plane in devices[:1] for line in plane.lines if line.name.startswith("Stream"))
-    found = (Event(e.start_ns, e.duration_ns, e.name) for line in streams for e in line.events)
-    events = list(itertools.islice(found, MOST_EVENTS + 1))
-    if len(events) > MOST_EVENTS:
-        raise RuntimeError(f"The trace has more than {MOST_EVENTS:,} events: profile a smaller workload")
-    return sorted(events, key=lambda event: event.start)
 
 
 def analyse(events: Sequence[Event], step_seconds: float, num_layers: int) -> Profile:

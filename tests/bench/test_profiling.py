@@ -3,7 +3,8 @@
 import jax
 import pytest
 
-from jaxgen.bench.profiling import Event, analyse, events_of
+from jaxgen.bench.profiling import analyse
+from kernels_pallas.device_trace import Event, events_of
 
 LAYERS = 4
 STEP = 1_000_000.0  # ns
