@@ -12,11 +12,18 @@ its split-K reduction, activation and residual; norms are XLA's in both:
 | 256 | 4.0 / 4.7 | 3.6 / 4.8 | 11.5 / 13.5 | 9.8 / 10.4 | 23.4 / 23.9 | 20.2 / 19.4 | 97.9 / 107.8 | 58.6 / 54.6 |
 
 The four columns in front are Qwen2.5-0.5B's; between these numbers of tokens its products win by as much. Eight tokens
-cost XLA and the kernel what sixteen do, in larger models, too, where they have not been measured. Since then slots of
-64 columns are asked for in pairs where the weight is large, and a gated product has a slot more, for its results take
-the ring's memory. Gate and up of Llama-3-8B, now and before in the same run: 80.9 / 84.6 us at 16 tokens, 81.7 / 85.7
-at 64, 84.6 / 89.2 at 128 and 97.2 / 98.5 at 256 (there without pairs, which take 98.4). Copies alone of that weight
-take 82.3 us in pieces of 128 bytes of a row, 77.9 of 256 or 512, 76.7 of whole tiles in one piece, and one sum 75.3.
+cost XLA and the kernel what sixteen do, in larger models, too, where they have not been measured.
+
+Since then slots of 64 columns are asked for in pairs where the weight is large, and a gated product has a slot more,
+for its results take the ring's memory. Gate and up of Llama-3-8B, now and before in the same run: 80.9 / 84.6 us at
+16 tokens, 81.7 / 85.7 at 64, 84.6 / 89.2 at 128 and 97.2 / 98.5 at 256 (there without pairs, which take 98.4). Copies
+alone of that weight take 82.3 us in pieces of 128 bytes of a row, 77.9 of 256 or 512, 76.7 of whole tiles in one
+piece, and one sum 75.3. And cuts are chosen by what 384 times of these products at 16 to 256 tokens say, which are
+wider for the small ones: qkv and out of Qwen2.5-0.5B 2.8 and 2.7 us at 16 tokens where they took 3.3, 3.05 and 2.8 at
+64, 3.05 and 3.05 at 128 (3.5 and 3.3 before in the same run). Llama-3-8B without attention, a layer with all four
+products the kernel's, and with `down`, at 160 and 192 tokens also qkv, XLA's: 170.8 / 175.3 us at 96 tokens, 171.2 /
+171.7 at 128, 188.5 / 199.8 at 160, 190.7 / 210.8 at 192. Of 224 and 256 tokens XLA's large products are as fast
+(202.9 / 202.0).
 
 What did not help: blocks of a cluster that share the copies of their tokens or of their weights (equal in pairs;
 clusters of four do not fill all multiprocessors). A norm whose scale is applied to the tokens inside the product costs
@@ -38,7 +45,8 @@ LEAST_STAGES, MOST_STAGES = 4, 12
 MAX_COLUMNS = 256  # of a wgmma
 LEAST_TOKENS = 8  # that the kernel wins for
 MOST_TOKENS = 256
-MOST_MULTIPLICATIONS = 4e9  # of a product without gate, that it wins for
+# Of a product without gate, that it wins for: up to three tiles of tokens, and of more.
+FEW_TOKENS, MOST_MULTIPLICATIONS, MOST_OF_MANY = 3 * ROWS, 12e9, 4e9
 
 
 @dataclass(frozen=True)
@@ -96,23 +104,28 @@ class Product:
         return (SHARED_BYTES - merged - written) // ((tile + width) * chunk * 2)
 
     def microseconds(self, config: GemmConfig) -> float:
-        """Of an H100, roughly: of 75 measured times three quarters are within 10 % of it.
+        """Of an H100, roughly: of 384 measured times three quarters are within 7 % of it.
 
-        The launch and the end of each wave of blocks of threads, and the longest of: feeding a multiprocessor,
-        reading the weight, multiplying, and starting copies; a part of the others, and the merge of splits.
+        The launch and further waves of blocks of threads, and the longest of: feeding a multiprocessor, and all of them
+        from the L2 cache, reading the weight, multiplying, and starting copies; a part of the others, and the merge of
+        splits.
         """
         tile, width = config.warpgroups * ROWS, self.parts * config.columns
         blocks = -(-self.rows // config.columns) * -(-self.tokens // tile) * config.splits
         waves = -(-blocks // (MULTIPROCESSORS if config.splits <= 2 else IN_LARGE_CLUSTERS))
+        block_bytes = (min(self.tokens, tile) + width) * self.size / config.splits * 2
         share = waves * self.size / config.splits
         times = (
-            (min(self.tokens, tile) + width) * share * 2 / 105e3,
-            self.parts * self.rows * self.size * 2 / 3.5e6,
-            tile * width * share / (2048 * 2100),
+            waves * block_bytes / 250e3,
+            blocks * block_bytes / 18e6,
+            self.parts * self.rows * self.size * 2 / 3.4e6,
+            tile * width * share / (2048 * 1700),
+            share / config.chunk * 0.08,
         )
-        longest = max(*times, share / config.chunk * 0.11)
-        merge = 0.0 if config.splits == 1 else 0.5 + 0.25e-3 * tile * width * (1 - 1 / config.splits)
-        return 2.0 * waves + longest + 0.3 * (sum(times) - max(times)) + merge
+        launch = 1.8 + 0.0025 * min(blocks, MULTIPROCESSORS) + 2.0 * (waves - 1)
+        launch += 0.3 * (config.warpgroups - 1)
+        merge = 0.0 if config.splits == 1 else 0.6 + 0.22e-3 * tile * width * (1 - 1 / config.splits)
+        return launch + max(times) + 0.2 * (sum(times) - max(times)) + merge
 
 
 def unsupported(product: Product) -> str | None:
@@ -128,7 +141,8 @@ def slower(product: Product) -> str | None:
     """Why XLA's product, with what XLA puts around it, is as fast; None where the kernel wins (figures above)."""
     if product.tokens < LEAST_TOKENS:
         return f"XLA is as fast for {product.tokens} tokens"
-    if product.parts == 1 and product.tokens * product.rows * product.size > MOST_MULTIPLICATIONS:
+    most = MOST_MULTIPLICATIONS if product.tokens <= FEW_TOKENS else MOST_OF_MANY
+    if product.parts == 1 and product.tokens * product.rows * product.size > most:
         return f"XLA is as fast where there is as much to multiply as in {product}"
     return None
 
