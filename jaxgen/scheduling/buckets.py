@@ -12,9 +12,10 @@ TOKENS_PER_LAUNCH = 512
 def decode_buckets(max_lanes: int, explicit: Iterable[int] | None = None) -> tuple[int, ...]:
     """Ascending lane counts of the decode steps; the last one is `max_lanes`.
 
-    Without an explicit list: 1, 2, 4, then steps that keep the padding under a third: multiples of 8 to 64,
-    of 16 to 128, of 32 to 256 and of 64 beyond. Explicit values above `max_lanes` are dropped and `max_lanes`
-    is added, since every batch up to it must have a step.
+    Without an explicit list: 1, then steps that keep the padding of more than 8 lanes under a third: multiples of 8
+    to 64, of 16 to 128, of 32 to 256 and of 64 beyond. A step of 8 lanes, whose products kernels serve, takes no longer
+    than those of 2 and 4 would (Qwen2.5-0.5B on an H100: 0.75 ms instead of 0.86 and 0.85). Explicit values above
+    `max_lanes` are dropped and `max_lanes` is added, since every batch up to it must have a step.
 
     Raises:
         ValueError: `max_lanes` or an explicit value below 1.
@@ -28,8 +29,6 @@ def decode_buckets(max_lanes: int, explicit: Iterable[int] | None = None) -> tup
     else:
         wanted = [
             1,
-            2,
-            4,
             *range(8, 64, 8),
             *range(64, 128, 16),
             *range(128, 256, 32),

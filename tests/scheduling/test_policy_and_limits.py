@@ -260,7 +260,7 @@ def test_decode_steps_of_a_launch() -> None:
 
 def test_buckets() -> None:
     assert decode_buckets(1) == (1,)
-    assert decode_buckets(160) == (1, 2, 4, *range(8, 64, 8), 64, 80, 96, 112, 128, 160)
+    assert decode_buckets(160) == (1, *range(8, 64, 8), 64, 80, 96, 112, 128, 160)
     assert decode_buckets(512)[-4:] == (320, 384, 448, 512)
     assert decode_buckets(20, [4, 8, 64]) == (4, 8, 20)
     assert prefill_buckets(4096) == (16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
