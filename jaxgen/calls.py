@@ -20,22 +20,27 @@ class Call:
     before the end (an exception, a closed iterator, a cancelled task) aborts what still runs.
 
     Args:
-        single: the result is one dict instead of a list.
+        prepare: checks the input and makes the responses of this call; also says whether the result is one dict
+            instead of a list.
+        submit: hands the responses' requests to the engine thread.
         abort: ends the given responses' requests.
-        collections: entered while the requests are under way.
+        collections: entered from before `prepare` until the result is there.
     """
 
     def __init__(
         self,
         *,
-        single: bool,
         stream: bool,
+        prepare: Callable[[Call], tuple[list[Response], bool]],
+        submit: Callable[[Sequence[Response]], None],
         abort: Callable[[Sequence[Response]], None],
         collections: AbstractContextManager[None],
     ):
         self.stream = stream
         self.responses: list[Response] = []
-        self._single = single
+        self._single = False
+        self._prepare = prepare
+        self._submit = submit
         self._abort = abort
         self._collections = collections
         self._unfinished = 0
@@ -62,24 +67,17 @@ class Call:
 
     # ---- caller's side
 
-    def start(self, submit: Callable[[], None], responses: list[Response]) -> Call:
-        """Adopts the responses; whichever way of waiting comes next submits their requests."""
-        self.responses = responses
-        self._unfinished = len(responses)
-        self._submit = submit
-        return self
-
     def wait(self) -> dict[str, Any] | list[dict[str, Any]]:
         """Blocks until every response has ended; raises ValueError or RequestError if one failed."""
-        with self._under_way():
+        with self._collections, self._under_way():
             if self.responses:
                 self._raise(self._events.get())
             return self._result()
 
     def iterate(self) -> Generator[dict[str, Any]]:
         """Yields chunks as they come; closing the generator aborts what still runs."""
-        remaining = len(self.responses)
-        with self._under_way():
+        with self._collections, self._under_way():
+            remaining = len(self.responses)
             while remaining:
                 if taken := self._take(self._events.get()):
                     chunk, last = taken
@@ -89,7 +87,7 @@ class Call:
     async def wait_async(self) -> dict[str, Any] | list[dict[str, Any]]:
         """`wait` for the running event loop."""
         events = self._bind()
-        with self._under_way():
+        with self._collections, self._under_way():
             if self.responses:
                 self._raise(await events.get())
             return self._result()
@@ -97,8 +95,8 @@ class Call:
     async def iterate_async(self) -> AsyncGenerator[dict[str, Any]]:
         """`iterate` for the running event loop."""
         events = self._bind()
-        remaining = len(self.responses)
-        with self._under_way():
+        with self._collections, self._under_way():
+            remaining = len(self.responses)
             while remaining:
                 if taken := self._take(await events.get()):
                     chunk, last = taken
@@ -113,19 +111,20 @@ class Call:
 
     @contextlib.contextmanager
     def _under_way(self) -> Iterator[None]:
-        """Submits the requests; in the end aborts what still runs and lets go of the responses.
+        """Prepares and submits the requests; in the end aborts what still runs and lets go of the responses.
 
         They know this call: a cycle would keep all their results until the garbage collector has been
         through everything there is.
         """
-        with self._collections:
-            try:
-                if self.responses:
-                    self._submit()
-                yield
-            finally:
-                self.abort()
-                self.responses.clear()
+        self.responses, self._single = self._prepare(self)
+        self._unfinished = len(self.responses)
+        try:
+            if self.responses:
+                self._submit(self.responses)
+            yield
+        finally:
+            self.abort()
+            self.responses.clear()
 
     def _bind(self) -> asyncio.Queue[Response | BaseException | None]:
         """Delivers events to the running event loop from now on."""

@@ -198,16 +198,21 @@ class Engine:
             await chunks.aclose()
 
     def call_for(self, given: GenerateReqInput) -> Call:
-        """Checks the input as a whole and prepares its requests; waiting on the call submits them."""
+        """A call that checks its input as a whole, then submits its requests, when it is waited for."""
         self._check_alive()
+        return Call(
+            stream=bool(given.stream),
+            prepare=lambda call: self._prepare(call, given),
+            submit=self._submit,
+            abort=self._abort_responses,
+            collections=self._collections,
+        )
+
+    def _prepare(self, call: Call, given: GenerateReqInput) -> tuple[list[Response], bool]:
         if _is_empty_batch(given):
-            normalized, single, stream = [], False, bool(given.stream)
-        else:
-            checked = given.normalize(self._context)
-            normalized, single, stream = checked.requests, checked.single, checked.stream
-        call = Call(single=single, stream=stream, abort=self._abort_responses, collections=self._collections)
-        responses = [self._response(call, spec, single) for spec in normalized]
-        return call.start(lambda: self._submit(responses), responses)
+            return [], False
+        checked = given.normalize(self._context)
+        return [self._response(call, spec, checked.single) for spec in checked.requests], checked.single
 
     def _response(self, call: Call, spec: RequestInput, single: bool) -> Response:
         factory, args = self._factory, self.server_args

@@ -139,7 +139,7 @@ class GenerateReqInput:
                         **options[row],
                     )
                 )
-        return NormalizedCall(requests, single and n == 1, bool(self.stream))
+        return NormalizedCall(requests, single and n == 1)
 
     def _prompts(self, context: InputContext) -> tuple[list[str] | None, list[array.array[int]] | None, bool]:
         """`(texts, id rows, single)`; id rows are `None` where texts have to be tokenised."""

@@ -54,4 +54,3 @@ class NormalizedCall:
 
     requests: list[RequestInput]
     single: bool
-    stream: bool

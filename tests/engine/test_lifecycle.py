@@ -1,6 +1,7 @@
 """Construction, shutdown, garbage collection, and the end of an engine whose thread has failed."""
 
 import asyncio
+import collections
 import dataclasses
 import gc
 import json
@@ -292,8 +293,7 @@ def test_collections_are_rare_only_while_a_call_is_under_way(thresholds):
         streams = [engine.generate("x", greedy(8), stream=True) for _ in range(2)]
         for stream in streams:
             next(stream)
-            youngest, middle, full = gc.get_threshold()
-            assert youngest > thresholds[0] and middle == thresholds[1] and full > thresholds[2]
+            assert all(now > outside for now, outside in zip(gc.get_threshold(), thresholds))
         streams[0].close()
         assert gc.get_threshold() != thresholds
         list(streams[1])
@@ -301,6 +301,20 @@ def test_collections_are_rare_only_while_a_call_is_under_way(thresholds):
         with pytest.raises(ValueError, match="temperature"):
             engine.generate("x", {"temperature": -1})
         assert gc.get_threshold() == thresholds
+
+
+def test_collections_are_rare_while_a_call_is_checked(engine, thresholds):
+    """It makes most of its objects then, and a collection would look at all its prompts."""
+    seen = []
+
+    class Watched(collections.UserDict):
+        def __getitem__(self, key):
+            seen.append(gc.get_threshold())
+            return super().__getitem__(key)
+
+    engine.generate("x", Watched(greedy(1)))
+    assert seen and all(now > outside for found in seen for now, outside in zip(found, thresholds))
+    assert gc.get_threshold() == thresholds
 
 
 def test_given_thresholds_hold_for_the_life_of_the_engine(thresholds):
