@@ -31,16 +31,19 @@ class KVManager:
         return -(-num_tokens // self.page_size)
 
     def match(self, request: Request) -> Match:
-        """The request's cached prefix, within its own limit."""
-        limit = request.match_limit if self._radix else 0
-        return self.cache.match(request.namespace, request.key(limit), limit)
+        """The request's cached prefix, within its own limit; remembered until the cache changes."""
+        if request.match is None or request.match_version != self.cache.version:
+            request.match, request.match_version = self.look_up(request), self.cache.version
+        return request.match
 
-    def match_length(self, request: Request) -> int:
-        """Tokens of the request that are cached; remembered until the cache changes."""
-        if request.match_version != self.cache.version:
-            request.match_length = self.match(request).length
-            request.match_version = self.cache.version
-        return request.match_length
+    def look_up(self, request: Request) -> Match:
+        """`match`, looked up anew. Most prompts are in no cached page, and only their first page is converted."""
+        limit = request.match_limit if self._radix else 0
+        first_page = request.head_key(min(limit, self.page_size))
+        match = self.cache.match(request.namespace, first_page, limit)
+        if match.pages:
+            match = self.cache.match(request.namespace, request.key(limit), limit)
+        return match
 
     def available_beside(self, match: Match) -> int:
         """Pages available to a request that reuses `match`, which pins the pages it shares and copies."""
@@ -61,6 +64,7 @@ class KVManager:
         request.rows = self.rows
         request.row = self.rows.take(request.kv_limit, full_reserve)
         request.node = match.node
+        request.match = None  # its limit may be another when it is queued again
         request.pages = list(match.pages)
         self.rows.kv_len[request.row] = match.length
         self.rows.capacity[request.row] = len(match.pages) * self.page_size

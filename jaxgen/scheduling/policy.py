@@ -23,20 +23,24 @@ def order(policy: str, waiting: WaitingQueue, kv: KVManager) -> Iterable[Request
     if policy == "dfs-weight":
         return hold_back(depth_first(list(waiting), kv), kv)
     if policy == "lpm" and len(waiting) <= LPM_MAX_WAITING:  # looked up anew whenever the cache has changed
-        return hold_back(sorted(waiting, key=lambda r: (-kv.match_length(r), r.sequence)), kv)
+        return hold_back(sorted(waiting, key=lambda r: (-kv.match(r).length, r.sequence)), kv)
     return hold_back(waiting, kv) if policy == "lpm" else waiting
 
 
 def hold_back(requests: Iterable[Request], kv: KVManager) -> Iterable[Request]:
-    """Drop requests whose first tokens an earlier one of this round is about to compute."""
+    """Drop requests whose first tokens an earlier one of this round is about to compute.
+
+    Nothing enters the cache meanwhile, so what holds for that one's first tokens holds for the others' too.
+    """
     ahead: set[tuple[str, bytes]] = set()
     for request in requests:
         # A request that may not reuse more than this gains nothing by waiting.
-        if request.match_limit > SHARED_PREFIX and kv.match_length(request) < SHARED_PREFIX:
-            prefix = (request.namespace, request.key(SHARED_PREFIX))
+        if request.match_limit > SHARED_PREFIX:
+            prefix = (request.namespace, request.head_key(SHARED_PREFIX))
             if prefix in ahead:
                 continue
-            ahead.add(prefix)
+            if kv.match(request).length < SHARED_PREFIX:
+                ahead.add(prefix)
         yield request
 
 

@@ -143,6 +143,7 @@ class PrefixCache:
             if current.locks == 0:
                 if current.parent is None:
                     self._roots[current.key] = current
+                    self.version += 1  # matches without a page have a root of their own until then
                 else:
                     self.num_unlocked -= 1
             current.locks += 1
@@ -236,6 +237,7 @@ class PrefixCache:
         self._pool.release_cached([node.page])
         self._pool.to_cached(page)
         node.page = page
+        self.version += 1
 
     def _place(self, node: Node, parent: Node, key: bytes) -> None:
         """Set or lengthen the key of `node`, dropping unlocked tails that are now a part of it."""

@@ -15,7 +15,7 @@ from jaxgen.sampling_params import NAN_MATCH
 from jaxgen.scheduling.prefix_cache import ID_BYTES
 
 if TYPE_CHECKING:
-    from jaxgen.scheduling.prefix_cache import Node
+    from jaxgen.scheduling.prefix_cache import Match, Node
     from jaxgen.scheduling.rows import RowTable
 
 
@@ -94,8 +94,8 @@ class Request:
     sequence: int = -1
     queued_at: float = 0.0
     started_at: float = -1.0
+    match: Match | None = None
     match_version: int = -1
-    match_length: int = 0
     prompt_array: np.ndarray | None = None
     prompt_key: bytes | None = None
 
@@ -165,6 +165,12 @@ class Request:
         if outputs <= 0:
             return self.prompt_key[: ID_BYTES * length]
         return self.prompt_key + _key_of(self.output_ids[:outputs])
+
+    def head_key(self, length: int) -> bytes:
+        """`key` without converting the rest of the prompt, which often never has to be looked up."""
+        if self.prompt_key is not None or length > len(self.prompt_ids):
+            return self.key(length)
+        return _key_of(self.prompt_ids[:length])
 
     def append(self, token: int) -> None:
         """Take one sampled token; the first that holds ends the request: NaN, text stop, stop id, length."""

@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from scheduling_harness import Harness, random_prompt
 
-from jaxgen.scheduling import NEED_COLLECT, QueueFull, SchedulerConfig
+from jaxgen.scheduling import NEED_COLLECT, QueueFull, Scheduler, SchedulerConfig
 
 
 def random_config(rng: random.Random) -> SchedulerConfig:
@@ -86,6 +86,17 @@ def disturb(harness: Harness, rng: random.Random) -> None:
         scheduler.resume()
 
 
+def check_matches(scheduler: Scheduler) -> None:
+    """What is remembered of a waiting request's cached prefix is what a look at its whole prompt finds."""
+    kv = scheduler._kv
+    for request in scheduler._waiting:
+        limit = request.match_limit if scheduler.config.radix_cache else 0
+        anew = kv.cache.match(request.namespace, request.key(limit), limit)
+        match = kv.match(request)
+        assert (match.length, match.pages, match.tail) == (anew.length, anew.pages, anew.tail)
+        assert match.node is anew.node or request.namespace.encode() not in kv.cache._roots
+
+
 def run_load(seed: int, steps: int) -> int:
     """About `steps` iterations of random load, then whatever it takes to finish; returns the iterations."""
     rng = random.Random(seed)
@@ -95,7 +106,10 @@ def run_load(seed: int, steps: int) -> int:
         while rng.random() < rate:
             add_request(harness, rng)
         harness.step()
-        harness.scheduler.check_invariants(full=rng.random() < 0.05)
+        full_check = rng.random() < 0.05
+        harness.scheduler.check_invariants(full_check)
+        if full_check:
+            check_matches(harness.scheduler)
         if rng.random() < 0.02:
             disturb(harness, rng)
             harness.scheduler.check_invariants()
