@@ -5,7 +5,7 @@ from __future__ import annotations
 import array
 import json
 import logging
-import uuid
+import os
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -288,9 +288,9 @@ class GenerateReqInput:
             if n == 1 and len(rid) != count:
                 raise ValueError(f"rid must have one entry per prompt ({count}), got {len(rid)}")
             # Several samples cannot share the id of their prompt.
-            rids = list(rid) if n == 1 else [_fresh_rid() for _ in range(total)]
+            rids = list(rid) if n == 1 else _fresh_rids(total)
         elif rid is None:
-            rids = [_fresh_rid() for _ in range(total)]
+            rids = _fresh_rids(total)
         else:
             raise ValueError(f"rid must be a non-empty str, a list of those or None, got {shown(rid)}")
         seen: set[str] = set()
@@ -342,5 +342,7 @@ def _priority(value: Any) -> int | None:
     return None if value is None else integer("priority", value, low=-(1 << 63), high=(1 << 63) - 1)
 
 
-def _fresh_rid() -> str:
-    return uuid.uuid4().hex
+def _fresh_rids(count: int) -> list[str]:
+    """Random ids of 32 hexadecimal digits."""
+    digits = os.urandom(16 * count).hex()
+    return [digits[i : i + 32] for i in range(0, len(digits), 32)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from jaxgen.sampling_params import SamplingParams
 
@@ -19,8 +20,7 @@ class LengthLimits:
     page_size: int
 
 
-@dataclass(frozen=True)
-class FittedLengths:
+class FittedLengths(NamedTuple):
     """What a request gets: prompt ids kept from the front, and how many tokens it generates."""
 
     prompt_len: int

@@ -24,7 +24,7 @@ class InputContext:
     is_generation: bool = True
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class RequestInput:
     """One checked request. `prompt_ids` are tokenised and cut, `max_new_tokens` is clipped to what fits."""
 

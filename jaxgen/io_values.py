@@ -108,10 +108,12 @@ def token_id_array(ids: Any, vocab_size: int, name: str = "token_ids_logprob") -
         found = array.array("I", ids)
     except (TypeError, OverflowError):
         return _checked_ids(ids, vocab_size, name)
+    if not found:
+        return found
     values = np.frombuffer(found, np.uint32)
     # An array takes all that is an int, and bools, which are 0 or 1.
-    has_bools = any(type(ids[i]) is bool for i in np.flatnonzero(values <= 1).tolist())
-    if has_bools or (found and values.max() >= vocab_size):
+    has_bools = values.min() <= 1 and any(type(ids[i]) is bool for i in np.flatnonzero(values <= 1).tolist())
+    if has_bools or values.max() >= vocab_size:
         return _checked_ids(ids, vocab_size, name)
     return found
 

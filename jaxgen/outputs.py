@@ -57,10 +57,9 @@ class RequestSnapshot:
     cached_tokens_details: dict[str, int] | None = None
     index: int | None = None  # only for members of a batch
     prompt_token_ids: Sequence[int] | None = None  # only on request
-    return_logprob: bool = False
     top_logprobs_num: int = 0
     token_ids_logprob: list[int] | None = None
-    logprobs: LogprobData = field(default_factory=LogprobData)
+    logprobs: LogprobData | None = None  # only on request
     return_hidden_states: bool | str = False
     hidden_states: Sequence[np.ndarray] = ()
     received_at: float = 0.0
@@ -107,8 +106,8 @@ def make_output(
         "dp_rank": snapshot.dp_rank,
         "cache_miss_count": snapshot.cache_miss_count,
     }
-    if snapshot.return_logprob:
-        meta.update(_logprob_lists(snapshot, ids_from, token_text))
+    if snapshot.logprobs is not None:
+        meta.update(_logprob_lists(snapshot, snapshot.logprobs, ids_from, token_text))
     if snapshot.return_hidden_states:
         meta["hidden_states"] = _hidden_states(snapshot)
     if snapshot.finish_reason is not None:
@@ -126,10 +125,8 @@ def make_output(
 
 
 def _logprob_lists(
-    snapshot: RequestSnapshot, ids_from: int, token_text: Callable[[int], str] | None
+    snapshot: RequestSnapshot, data: LogprobData, ids_from: int, token_text: Callable[[int], str] | None
 ) -> dict[str, Any]:
-    data = snapshot.logprobs
-
     def entries(values: Sequence[float | None], ids: Sequence[int]) -> list[Entry]:
         texts = map(token_text, ids) if token_text else itertools.repeat(None)
         return list(zip(values, ids, texts))

@@ -181,12 +181,7 @@ class Response:
     def _snapshot(
         self, tokens: int, text: str | None, reason: dict[str, Any] | None, hidden: int
     ) -> RequestSnapshot:
-        request, spec, data = self.request, self.spec, self._logprobs
-        started = tokens > 0 or reason is not None
-        # A prefill-only request has the distribution of the next token but no token.
-        entries = max(tokens, 1) if spec.max_new_tokens == 0 else tokens
-        # A request that was ended before all of its prompt was computed has fewer values than ids.
-        inputs = min(len(data.input_ids), len(data.input_values)) if started else 0
+        request, spec = self.request, self.spec
         return RequestSnapshot(
             rid=spec.rid,
             output_ids=request.output_ids[:tokens],
@@ -199,20 +194,29 @@ class Response:
             cache_miss_count=self._compile_count() - self._compiles_before,
             index=self._index,
             prompt_token_ids=request.prompt_ids if spec.return_prompt_token_ids else None,
-            return_logprob=spec.return_logprob,
             top_logprobs_num=spec.top_logprobs_num,
             token_ids_logprob=spec.token_ids_logprob,
-            logprobs=LogprobData(
-                input_ids=data.input_ids[:inputs],
-                input_values=data.input_values[:inputs],
-                input_top=data.input_top[:inputs],
-                input_selected=data.input_selected[:inputs],
-                output_values=data.output_values[:tokens],
-                output_top=data.output_top[:entries],
-                output_selected=data.output_selected[:entries],
-            ),
+            logprobs=self._logprobs_of(tokens, reason) if spec.return_logprob else None,
             return_hidden_states=spec.return_hidden_states,
             hidden_states=self._hidden[:hidden],
             received_at=self._received_at,
             finished_at=self._finished_at,
+        )
+
+    def _logprobs_of(self, tokens: int, reason: dict[str, Any] | None) -> LogprobData:
+        """Entries of the prompt and of the first `tokens` output ids."""
+        data = self._logprobs
+        started = tokens > 0 or reason is not None
+        # A prefill-only request has the distribution of the next token but no token.
+        entries = max(tokens, 1) if self.spec.max_new_tokens == 0 else tokens
+        # A request that was ended before all of its prompt was computed has fewer values than ids.
+        inputs = min(len(data.input_ids), len(data.input_values)) if started else 0
+        return LogprobData(
+            input_ids=data.input_ids[:inputs],
+            input_values=data.input_values[:inputs],
+            input_top=data.input_top[:inputs],
+            input_selected=data.input_selected[:inputs],
+            output_values=data.output_values[:tokens],
+            output_top=data.output_top[:entries],
+            output_selected=data.output_selected[:entries],
         )

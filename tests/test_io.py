@@ -538,7 +538,7 @@ def test_keys_of_other_results():
     assert set(middle["meta_info"]) == ALWAYS and middle["meta_info"]["finish_reason"] is None
     bare = make_output(snapshot(text=None, prompt_token_ids=[1, 2, 3]))
     assert set(bare) == {"output_ids", "prompt_token_ids", "meta_info"}
-    plain = make_output(snapshot(return_logprob=True, logprobs=logprobs()))["meta_info"]
+    plain = make_output(snapshot(logprobs=logprobs()))["meta_info"]
     assert set(plain) - ALWAYS - FINISHED == {
         "input_token_logprobs", "output_token_logprobs", "output_token_logprobs_length",
     }  # fmt: skip
@@ -549,9 +549,9 @@ def test_keys_of_other_results():
 
 
 def test_logprob_entries():
-    meta = make_output(
-        snapshot(return_logprob=True, top_logprobs_num=1, token_ids_logprob=[20, 21], logprobs=logprobs())
-    )["meta_info"]
+    meta = make_output(snapshot(top_logprobs_num=1, token_ids_logprob=[20, 21], logprobs=logprobs()))[
+        "meta_info"
+    ]
     assert meta["input_token_logprobs"] == [(None, 1, None), (-1.0, 2, None), (-2.0, 3, None)]
     assert meta["input_top_logprobs"] == [None, [(-0.5, 7, None)], [(-0.25, 8, None)]]
     assert meta["input_token_ids_logprobs"] == [None, [(-3.0, 20, None), (-4.0, 21, None)],
@@ -562,18 +562,16 @@ def test_logprob_entries():
 
 
 def test_logprob_entries_show_text_only_on_request():
-    wanted = snapshot(return_logprob=True, top_logprobs_num=1, logprobs=logprobs())
+    wanted = snapshot(top_logprobs_num=1, logprobs=logprobs())
     meta = make_output(wanted, token_text=lambda token: f"<{token}>")["meta_info"]
     assert meta["input_token_logprobs"][0] == (None, 1, "<1>")
     assert meta["output_top_logprobs"][0] == [(-0.1, 5, "<5>")]
 
 
 def test_without_prompt_logprobs_the_input_lists_are_empty():
-    meta = make_output(
-        snapshot(
-            return_logprob=True, top_logprobs_num=1, token_ids_logprob=[1, 2], logprobs=logprobs(prompt=())
-        )
-    )["meta_info"]
+    meta = make_output(snapshot(top_logprobs_num=1, token_ids_logprob=[1, 2], logprobs=logprobs(prompt=())))[
+        "meta_info"
+    ]
     assert (
         meta["input_token_logprobs"] == meta["input_top_logprobs"] == meta["input_token_ids_logprobs"] == []
     )
@@ -590,7 +588,6 @@ def test_scoring_without_generation_keeps_the_next_distribution():
         snapshot(
             output_ids=[],
             text="",
-            return_logprob=True,
             top_logprobs_num=1,
             token_ids_logprob=[9],
             logprobs=data,
@@ -615,7 +612,6 @@ def test_hidden_states_join_to_all_rows():
 
 def test_incremental_chunks_hold_only_what_is_new_and_join_to_the_whole():
     wanted = {
-        "return_logprob": True,
         "top_logprobs_num": 1,
         "token_ids_logprob": [20, 21],
         "logprobs": logprobs(),
