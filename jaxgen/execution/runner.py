@@ -158,9 +158,11 @@ class Runner:
     # ---- compiled steps
 
     def _run(self, key: StepKey, *uploads: np.ndarray | jax.Array) -> StepOutput:
-        """Launches a decode or prefill step; KV pages and lane state are replaced by the step's."""
-        arrays = [u if isinstance(u, jax.Array) else self._put(u) for u in uploads]
-        output, self.kv, self.state = self.steps.get(key)(self.weights, self.kv, self.state, *arrays)
+        """Launches a decode or prefill step; KV pages and lane state are replaced by the step's.
+
+        The step uploads NumPy arrays itself, for less than `device_put` takes.
+        """
+        output, self.kv, self.state = self.steps.get(key)(self.weights, self.kv, self.state, *uploads)
         return output
 
     @property
@@ -276,8 +278,8 @@ class Runner:
         """The packed array of a decode step on the device, at one address for each number of lanes."""
         buffer = self._uploads.pop(lanes, None)
         if buffer is None:
-            buffer = self._put(packed)
-        array = self.steps.get(self.steps.choice.refill_key(lanes))(buffer, self._put(packed))
+            buffer = jax.device_put(packed, self._replicated)
+        array = self.steps.get(self.steps.choice.refill_key(lanes))(buffer, packed)
         self._uploads[lanes] = array
         return array
 
@@ -288,10 +290,7 @@ class Runner:
             packed = np.full((2, key.size), self.kv_shape.num_pages, np.int32)
             packed[0] = 0
             packed[:, : len(part)] = part.T
-            self.kv = self.steps.get(key)(self.kv, self._put(packed))
-
-    def _put(self, array: np.ndarray) -> jax.Array:
-        return jax.device_put(array, self._replicated)
+            self.kv = self.steps.get(key)(self.kv, packed)
 
     def _variant(self, requests: Sequence[Request]) -> Variant:
         return self.steps.choice.variant(self.mirror.needs[request.row] for request in requests)
