@@ -24,6 +24,7 @@ class Call:
             instead of a list.
         submit: hands the responses' requests to the engine thread.
         abort: ends the given responses' requests.
+        done: called when nobody waits for the responses any more.
         collections: entered from before `prepare` until the result is there.
     """
 
@@ -34,6 +35,7 @@ class Call:
         prepare: Callable[[Call], tuple[list[Response], bool]],
         submit: Callable[[Sequence[Response]], None],
         abort: Callable[[Sequence[Response]], None],
+        done: Callable[[], None],
         collections: AbstractContextManager[None],
     ):
         self.stream = stream
@@ -42,6 +44,7 @@ class Call:
         self._prepare = prepare
         self._submit = submit
         self._abort = abort
+        self._done = done
         self._collections = collections
         self._unfinished = 0
         self._events: queue.SimpleQueue[Response | BaseException | None] = queue.SimpleQueue()
@@ -125,6 +128,7 @@ class Call:
         finally:
             self.abort()
             self.responses.clear()
+            self._done()
 
     def _bind(self) -> asyncio.Queue[Response | BaseException | None]:
         """Delivers events to the running event loop from now on."""

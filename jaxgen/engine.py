@@ -199,12 +199,13 @@ class Engine:
 
     def call_for(self, given: GenerateReqInput) -> Call:
         """A call that checks its input as a whole, then submits its requests, when it is waited for."""
-        self._check_alive()
+        loop = self._check_alive()
         return Call(
             stream=bool(given.stream),
             prepare=lambda call: self._prepare(call, given),
             submit=self._submit,
             abort=self._abort_responses,
+            done=loop.results_taken,
             collections=self._collections,
         )
 

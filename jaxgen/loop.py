@@ -114,6 +114,10 @@ class EngineLoop:
         rids = list(rids)
         self.post(lambda: self._abort(rids))
 
+    def results_taken(self) -> None:
+        """A caller has made its results: the engine thread need not stand back for it any longer."""
+        self._wake.set()
+
     def call(self, function: Callable[[], T]) -> T:
         """Runs `function` on the engine thread between two steps and returns its result."""
         if threading.current_thread() is self._thread:
@@ -236,8 +240,9 @@ class EngineLoop:
         self.throughput.count(len(tokens))
         changed = self.scheduler.collect(plan, tokens)
         extras.record_lanes()
+        self._wake.clear()
         self._deliver(changed)
-        if self.scheduler.is_done:
+        if self.scheduler.is_done and not self._inbox:
             self._wake.wait(HANDOVER_SECONDS)  # callers first: nothing can be launched until one of them asks
         self.scheduler.retire()
 

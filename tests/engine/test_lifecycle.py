@@ -325,6 +325,19 @@ def test_given_thresholds_hold_for_the_life_of_the_engine(thresholds):
     assert gc.get_threshold() == thresholds
 
 
+def test_pages_go_back_as_soon_as_the_results_are_taken(engine, monkeypatch):
+    monkeypatch.setattr("jaxgen.loop.HANDOVER_SECONDS", 1000.0)
+    scheduler = engine._loop.scheduler
+    for stream in (False, True):
+        result = engine.generate(input_ids=prompt_of(20), sampling_params=greedy(3), stream=stream)
+        last = list(result)[-1] if stream else result
+        assert len(last["output_ids"]) == 3
+        deadline = time.monotonic() + 20
+        while scheduler.has_unfinished and time.monotonic() < deadline:
+            time.sleep(0.001)
+        assert not scheduler.has_unfinished
+
+
 def test_results_are_freed_without_a_collection(engine):
     """Full collections are rare, so a call and its responses must not be a cycle."""
     options = {"sampling_params": greedy(4), "return_logprob": True, "top_logprobs_num": 2}
