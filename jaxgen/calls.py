@@ -157,5 +157,11 @@ class Call:
         return event.take()
 
     def _result(self) -> dict[str, Any] | list[dict[str, Any]]:
-        outputs = [taken[0] for response in self.responses if (taken := response.take())]
+        """Makes the outputs; each response goes as soon as its own is there, and the next takes over its memory."""
+        responses = self.responses[::-1]
+        self.responses.clear()
+        outputs: list[dict[str, Any]] = []
+        while responses:
+            if taken := responses.pop().take():
+                outputs.append(taken[0])
         return outputs[0] if self._single else outputs

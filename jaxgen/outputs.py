@@ -90,7 +90,7 @@ def make_output(
     output: dict[str, Any] = {}
     if snapshot.text is not None:
         output["text"] = snapshot.text[text_from:]
-    output["output_ids"] = list(snapshot.output_ids[ids_from:])
+    output["output_ids"] = snapshot.output_ids[ids_from:]
     if snapshot.prompt_token_ids is not None:
         output["prompt_token_ids"] = list(snapshot.prompt_token_ids)
     meta: dict[str, Any] = {

@@ -265,6 +265,8 @@ class Scheduler:
         if reason is not None and reason.get("matched") != NAN_MATCH:
             self._publish(request, len(request.prompt_ids) + max(len(request.output_ids) - 1, 0))
         self._release(request)
+        # Freed here, while steps run, rather than by the caller when the last of its requests has ended.
+        request.prompt_array = request.prompt_key = None
 
     def _retract(self, request: Request) -> None:
         """Take row and pages from a running request and queue it again; it keeps its output."""
