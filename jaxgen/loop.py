@@ -203,6 +203,8 @@ class EngineLoop:
             self._inbox.popleft()()
 
     def _wait_for_work(self) -> None:
+        if self._inbox or self._stopping:  # collecting a step may have cleared what would wake this thread
+            return
         # Unfinished but unplannable work is waiting for a time-out or for `resume`.
         self._wake.wait(IDLE_CHECK_SECONDS if self.scheduler.has_unfinished else None)
         self._wake.clear()
