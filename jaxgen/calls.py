@@ -72,14 +72,14 @@ class Call:
 
     def wait(self) -> dict[str, Any] | list[dict[str, Any]]:
         """Blocks until every response has ended; raises ValueError or RequestError if one failed."""
-        with self._collections, self._under_way():
+        with self._under_way():
             if self.responses:
                 self._raise(self._events.get())
             return self._result()
 
     def iterate(self) -> Generator[dict[str, Any]]:
         """Yields chunks as they come; closing the generator aborts what still runs."""
-        with self._collections, self._under_way():
+        with self._under_way():
             remaining = len(self.responses)
             while remaining:
                 if taken := self._take(self._events.get()):
@@ -90,7 +90,7 @@ class Call:
     async def wait_async(self) -> dict[str, Any] | list[dict[str, Any]]:
         """`wait` for the running event loop."""
         events = self._bind()
-        with self._collections, self._under_way():
+        with self._under_way():
             if self.responses:
                 self._raise(await events.get())
             return self._result()
@@ -98,7 +98,7 @@ class Call:
     async def iterate_async(self) -> AsyncGenerator[dict[str, Any]]:
         """`iterate` for the running event loop."""
         events = self._bind()
-        with self._collections, self._under_way():
+        with self._under_way():
             remaining = len(self.responses)
             while remaining:
                 if taken := self._take(await events.get()):
@@ -119,16 +119,17 @@ class Call:
         They know this call: a cycle would keep all their results until the garbage collector has been
         through everything there is.
         """
-        self.responses, self._single = self._prepare(self)
-        self._unfinished = len(self.responses)
-        try:
-            if self.responses:
-                self._submit(self.responses)
-            yield
-        finally:
-            self.abort()
-            self.responses.clear()
-            self._done()
+        with self._collections:
+            self.responses, self._single = self._prepare(self)
+            self._unfinished = len(self.responses)
+            try:
+                if self.responses:
+                    self._submit(self.responses)
+                yield
+            finally:
+                self.abort()
+                self.responses.clear()
+                self._done()
 
     def _bind(self) -> asyncio.Queue[Response | BaseException | None]:
         """Delivers events to the running event loop from now on."""

@@ -51,14 +51,9 @@ LAYERS = (
 TOKENS = (16, 64, 128, 256)
 
 
-def random_weights(shapes: dict[str, tuple[int, ...]]) -> list[dict[str, jax.Array]]:
-    """Sets of weights, together larger than the L2 cache."""
-    return _random_weights(tuple(shapes.items()))
-
-
 @functools.lru_cache(maxsize=1)  # a tuner asks for the same ones again and again
-def _random_weights(named_shapes: tuple[tuple[str, tuple[int, ...]], ...]) -> list[dict[str, jax.Array]]:
-    shapes = dict(named_shapes)
+def random_weights(**shapes: tuple[int, ...]) -> list[dict[str, jax.Array]]:
+    """Sets of weights of these shapes, together larger than the L2 cache."""
     nbytes = sum(2 * functools.reduce(int.__mul__, shape) for shape in shapes.values())
     keys = jax.random.split(jax.random.key(0), max(2, -(-2 * L2_BYTES // nbytes)))
 
@@ -98,7 +93,7 @@ def time_layer(case: LayerCase, tokens: int, repeats: int, implementation=None) 
     def chain(x, *layers):
         return functools.reduce(layer, layers, x)
 
-    return seconds_of(chain, tokens, case.hidden, random_weights(case.shapes()), repeats)
+    return seconds_of(chain, tokens, case.hidden, random_weights(**case.shapes()), repeats)
 
 
 def product_call(case: LayerCase, name: str, tokens: int) -> Callable:
@@ -115,11 +110,11 @@ def time_product(case: LayerCase, name: str, tokens: int, repeats: int) -> float
     def calls(x, *sets):
         return [call(x, weights) for weights in sets]
 
-    return seconds_of(calls, tokens, shape[-1], random_weights({name: shape}), repeats)
+    return seconds_of(calls, tokens, shape[-1], random_weights(**{name: shape}), repeats)
 
 
 def product_result(case: LayerCase, name: str, tokens: int) -> jax.Array:
-    weights = random_weights({name: case.shapes()[name]})[0]
+    weights = random_weights(**{name: case.shapes()[name]})[0]
     x = jax.random.normal(jax.random.key(1), (tokens, case.shapes()[name][-1]), jnp.bfloat16)
     return jax.jit(product_call(case, name, tokens))(x, weights)
 

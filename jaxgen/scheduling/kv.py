@@ -33,10 +33,10 @@ class KVManager:
     def match(self, request: Request) -> Match:
         """The request's cached prefix, within its own limit; remembered until the cache changes."""
         if request.match is None or request.match_version != self.cache.version:
-            request.match, request.match_version = self.look_up(request), self.cache.version
+            request.match, request.match_version = self._look_up(request), self.cache.version
         return request.match
 
-    def look_up(self, request: Request) -> Match:
+    def _look_up(self, request: Request) -> Match:
         """`match`, looked up anew. Most prompts are in no cached page, and only their first page is converted."""
         limit = request.match_limit if self._radix else 0
         first_page = request.head_key(min(limit, self.page_size))
