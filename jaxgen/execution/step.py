@@ -160,16 +160,17 @@ def prefill_step(spec: StepSpec, tokens: int, rows: int, variant: Variant) -> Ca
             lengths=ends,
         )
         model = spec.model(weights)
-        hidden, pages = model(token, position, pair_pages(kv), batch)  # [T, D]
+        every_token = spec.return_hidden or not variant.plain  # [T, D], else [N, D] of the rows' last
+        hidden, pages = model(token, position, pair_pages(kv), batch, last_only=not every_token)
 
         state = _write_rows(state, f, ends, variant)
         counts = state.counts
         if not variant.plain:
             counts = _count_resumed_outputs(counts, f, token, position, active, owner)
-        last = jnp.clip(f["offset"] + f["length"] - 1, 0, tokens - 1)  # [N]
         params = sampler.gather_rows(state, jnp.minimum(row, state.rows - 1), ends)
         samples = (f["flags"] & layout.SAMPLES) != 0
-        drawn, logprobs, counts = _sample(spec, variant, model, hidden[last], params, counts, row, samples)
+        last = hidden[batch.last] if every_token else hidden  # [N, D]
+        drawn, logprobs, counts = _sample(spec, variant, model, last, params, counts, row, samples)
         input_logprobs = None
         if not variant.plain:
             input_logprobs = _input_logprobs(spec, model, hidden, f, owner, variant.top_logprobs)

@@ -13,7 +13,14 @@ from jax.sharding import PartitionSpec as P
 from jaxgen.layers.linear import Linear, LinearMaker
 from jaxgen.layers.norm import RMSNorm
 from jaxgen.layers.param import TENSOR_AXIS, LogicalAxes
-from kernels_pallas import Implementation, NormInput, paged_decode_update, ragged_prefill, rope_and_write
+from kernels_pallas import (
+    Implementation,
+    NormInput,
+    paged_decode,
+    paged_decode_update,
+    ragged_prefill,
+    rope_and_write,
+)
 
 KVPages = list[tuple[jax.Array, jax.Array]]
 """Per layer (k_pages, v_pages), each [P, K, S, H]."""
@@ -30,6 +37,11 @@ class PrefillBatch:
     page_table: jax.Array  # [R, MP] page ids of each row
     cu_seqlens: jax.Array  # [R + 1] row r owns packed tokens cu_seqlens[r] .. cu_seqlens[r + 1]
     lengths: jax.Array  # [R] KV tokens of each row after this step
+
+    @property
+    def last(self) -> jax.Array:
+        """[R] the packed token that is each row's last; of an empty row, any."""
+        return jnp.maximum(self.cu_seqlens[1:] - 1, 0)
 
 
 @jax.tree_util.register_dataclass
@@ -127,8 +139,12 @@ def attend_prefill(
     window: int | None,
     kv_scale: float | None = None,
     backends: AttentionBackends = AUTOMATIC,
+    last_only: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """As `attend_decode`, for packed prompts: qkv [T, K, G + 2, H] gives o [T, K, G, H]."""
+    """As `attend_decode`, for packed prompts: qkv [T, K, G + 2, H] gives o [T, K, G, H].
+
+    `last_only`: only of the last token of each row, o [R, K, G, H]: what a decode step would attend to.
+    """
     q_norm, k_norm = norms or (None, None)
     scales = {"k_scale": kv_scale, "v_scale": kv_scale}
     q, k_pages, v_pages = rope_and_write(
@@ -144,19 +160,22 @@ def attend_prefill(
         **scales,
         implementation=backends.prefill,
     )
-    o = ragged_prefill(
-        q,
-        k_pages,
-        v_pages,
-        batch.page_table,
-        batch.cu_seqlens,
-        batch.lengths,
+    attend: Callable
+    if last_only:
+        attend = partial(paged_decode, q[batch.last], deterministic=backends.deterministic)
+    else:
+        attend = partial(ragged_prefill, q, cu_seqlens=batch.cu_seqlens)
+    o = attend(
+        k_pages=k_pages,
+        v_pages=v_pages,
+        page_table=batch.page_table,
+        lengths=batch.lengths,
         window=window,
         **scales,
         implementation=backends.prefill,
     )
-    tokens, kv_heads, rows, head_dim = qkv.shape
-    return o.reshape(tokens, kv_heads, rows - 2, head_dim), k_pages, v_pages
+    _, kv_heads, rows, head_dim = qkv.shape
+    return o.reshape(o.shape[0], kv_heads, rows - 2, head_dim), k_pages, v_pages
 
 
 class Attention(nnx.Module):
@@ -217,19 +236,26 @@ class Attention(nnx.Module):
         norm: RMSNorm,
         next_norm: RMSNorm,
         ahead: tuple[jax.Array, ...],
+        last_only: bool = False,
     ) -> tuple[NormInput, jax.Array, jax.Array]:
         """x [T, D], cos and sin [T, rotary_dim / 2]; returns x + attention(norm(x)) [T, D] and the updated pages.
 
-        `next_norm` is the norm that reads the result, `ahead` the weights of the product that does.
+        `next_norm` is the norm that reads the result, `ahead` the weights of the product that does. `last_only`: of
+        packed prompts, the result for the last token of each row, [R, D].
         """
         qkv = self.qkv(x, norm=norm)  # [T, K, G + 2, H]
-        o, k_pages, v_pages = self._attend(qkv, cos, sin, k_pages, v_pages, batch, (*self.out.ahead, *ahead))
-        x = self.out.to_norm(o.reshape(o.shape[0], -1), next_norm, x.rows)
+        attend: Callable
+        rows = x.rows
+        if isinstance(batch, DecodeBatch):
+            attend = partial(attend_decode, ahead=(*self.out.ahead, *ahead))
+        else:
+            attend = partial(attend_prefill, last_only=last_only)
+            rows = rows[batch.last] if last_only else rows
+        o, k_pages, v_pages = self._attend(attend, qkv, cos, sin, k_pages, v_pages, batch)
+        x = self.out.to_norm(o.reshape(o.shape[0], -1), next_norm, rows)
         return x, k_pages, v_pages
 
-    def _attend(self, qkv, cos, sin, k_pages, v_pages, batch, ahead):
-        is_decode = isinstance(batch, DecodeBatch)
-        attend: Callable = partial(attend_decode, ahead=ahead) if is_decode else attend_prefill
+    def _attend(self, attend, qkv, cos, sin, k_pages, v_pages, batch):
         attention = partial(
             attend, epsilon=self.epsilon, window=self.window, kv_scale=self.kv_scale, backends=self.backends
         )

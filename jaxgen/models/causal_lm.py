@@ -68,19 +68,21 @@ class DecoderLayer(nnx.Module):
         v_pages: jax.Array,
         batch: AttentionBatch,
         next_norm: RMSNorm,
+        last_only: bool,
     ) -> tuple[NormInput, jax.Array, jax.Array]:
-        """x [T, D] -> [T, D], for `next_norm` to read, and the updated pages."""
+        """x [T, D] -> [T, D], or [R, D] of each row's last token, for `next_norm` to read, and the updated pages."""
+        norms, ahead = (self.attention_norm, self.mlp_norm), self.mlp.gate_up.ahead
         x, k_pages, v_pages = self.attention(
-            x, cos, sin, k_pages, v_pages, batch, self.attention_norm, self.mlp_norm, self.mlp.gate_up.ahead
+            x, cos, sin, k_pages, v_pages, batch, *norms, ahead, last_only=last_only
         )
         return self.mlp(x, self.mlp_norm, next_norm), k_pages, v_pages
 
 
-@partial(jax.jit, static_argnums=0)
-def _run_layer(graphdef, state, x, cos, sin, k_pages, v_pages, batch):
+@partial(jax.jit, static_argnums=(0, 1))
+def _run_layer(graphdef, last_only, state, x, cos, sin, k_pages, v_pages, batch):
     """A decoder layer and the norm after it. Those of equal structure are traced and lowered once; XLA inlines them."""
     layer, next_norm = nnx.merge(graphdef, state)
-    return layer(x, cos, sin, k_pages, v_pages, batch, next_norm)
+    return layer(x, cos, sin, k_pages, v_pages, batch, next_norm, last_only)
 
 
 class CausalLM(nnx.Module):
@@ -111,7 +113,13 @@ class CausalLM(nnx.Module):
         )
 
     def __call__(
-        self, tokens: jax.Array, positions: jax.Array, kv: KVPages, batch: AttentionBatch
+        self,
+        tokens: jax.Array,
+        positions: jax.Array,
+        kv: KVPages,
+        batch: AttentionBatch,
+        *,
+        last_only: bool = False,
     ) -> tuple[jax.Array, KVPages]:
         """One forward pass over packed tokens.
 
@@ -120,9 +128,11 @@ class CausalLM(nnx.Module):
             positions: [T] int32 position of each token in its own sequence; 0 on padding.
             kv: pages of every layer; the caller donates them.
             batch: where the tokens' keys and values go and what they attend to.
+            last_only: of packed prompts, hidden vectors of the last token of each row: of the others, the last layer
+                computes keys and values alone.
 
         Returns:
-            hidden [T, D] after the final norm, and the updated pages.
+            hidden [T, D], or [R, D] if last_only, after the final norm, and the updated pages.
         """
         x = NormInput(self.embed(tokens))  # [T, D]
         next_norms = [*(layer.attention_norm for layer in self.layers[1:]), self.norm]
@@ -130,7 +140,8 @@ class CausalLM(nnx.Module):
         pages = []
         for layer, next_norm, (k_pages, v_pages) in zip(self.layers, next_norms, kv, strict=True):
             graphdef, state = nnx.split((layer, next_norm))
-            x, k_pages, v_pages = _run_layer(graphdef, state, x, cos, sin, k_pages, v_pages, batch)
+            only = last_only and next_norm is self.norm
+            x, k_pages, v_pages = _run_layer(graphdef, only, state, x, cos, sin, k_pages, v_pages, batch)
             pages.append((k_pages, v_pages))
         return self.norm(x.rows), pages
 

@@ -57,7 +57,8 @@ class Runner:
         self.treedef = jax.tree.structure(state)
         self.kv_sharding = sharding_for(self.mesh, KV_PAGE_AXES)
         # No mesh context here: whatever the steps need to know about the mesh has to come with the model.
-        self._prefill, self._decode = jax.jit(self._forward), jax.jit(self._forward)
+        self._prefill = jax.jit(self._forward, static_argnames="last_only")
+        self._decode = jax.jit(self._forward)
 
         rng = np.random.default_rng(0)
         num_pages = self.max_rows * self.max_pages
@@ -80,16 +81,18 @@ class Runner:
         self.leaves = arrays
         return self
 
-    def _forward(self, leaves, tokens, positions, kv, batch):
+    def _forward(self, leaves, tokens, positions, kv, batch, last_only=False):
         model = nnx.merge(self.graphdef, jax.tree.unflatten(self.treedef, leaves))
-        hidden, kv = model(tokens, positions, kv, batch)
+        hidden, kv = model(tokens, positions, kv, batch, last_only=last_only)
         return model.logits(hidden), kv
 
     def _slots(self, row: int, positions: np.ndarray) -> np.ndarray:
         return self.page_table[row, positions // PAGE_SIZE] * PAGE_SIZE + positions % PAGE_SIZE
 
-    def prefill(self, chunks: list[tuple[int, list[int], int]], bucket: int) -> list[np.ndarray]:
-        """Run chunks (row, ids, start position) padded to `bucket` tokens; logits [len, V] of each chunk."""
+    def prefill(
+        self, chunks: list[tuple[int, list[int], int]], bucket: int, last_only: bool = False
+    ) -> list[np.ndarray]:
+        """Run chunks (row, ids, start position) padded to `bucket` tokens; logits [len or 1, V] of each chunk."""
         tokens, positions = np.full(bucket, -1, np.int32), np.zeros(bucket, np.int32)
         slots = np.full(bucket, self.max_rows * self.max_pages * PAGE_SIZE, np.int32)
         cu_seqlens = np.zeros(self.max_rows + 1, np.int32)
@@ -102,8 +105,11 @@ class Runner:
             end += len(ids)
             cu_seqlens[i + 1 :] = end
         batch = PrefillBatch(slots, page_table, cu_seqlens, lengths)
-        logits, self.kv = self._prefill(self.leaves, tokens, positions, self.kv, batch)
+        operands = self.leaves, tokens, positions, self.kv, batch
+        logits, self.kv = self._prefill(*operands, last_only=last_only)
         logits = np.asarray(logits)
+        if last_only:
+            return [logits[i : i + 1] for i in range(len(chunks))]
         return [logits[cu_seqlens[i] : cu_seqlens[i + 1]] for i in range(len(chunks))]
 
     def decode(self, tokens: list[int | None], positions: list[int]) -> np.ndarray:

@@ -53,3 +53,20 @@ def test_tokens_do_not_depend_on_chunks_or_neighbours():
     for prompt_logprobs, greedy in zip(together[0], together[1]):
         np.testing.assert_allclose(prompt_logprobs, alone[0][0], rtol=0, atol=1e-4)
         assert greedy == alone[1][0] == case["greedy_ids"][:4]
+
+
+@pytest.mark.parametrize(("family", "tp_size"), [("llama3", 1), ("llama3", 3), ("qwen3", 1), ("mistral", 1)])
+def test_last_tokens_alone_are_what_they_are_among_all(family, tp_size):
+    """Of windowed layers, too; the pages are such that decoding goes on from either."""
+    prompts = [case["prompt_ids"] for case in load_cases(family)]
+    all_tokens, last_tokens = golden_runner(family, tp_size), golden_runner(family, tp_size)
+    for start in range(0, max(map(len, prompts)), 7):
+        chunks = [(row, ids[start : start + 7], start) for row, ids in enumerate(prompts) if len(ids) > start]
+        expected = all_tokens.prefill(chunks, 32)
+        found = last_tokens.prefill(chunks, 32, last_only=True)
+        for every, last in zip(expected, found, strict=True):
+            np.testing.assert_allclose(last, every[-1:], rtol=0, atol=1e-4)
+    empty = all_tokens.max_rows - len(prompts)
+    tokens, positions = [5] * len(prompts) + [None] * empty, [*map(len, prompts), *[0] * empty]
+    expected, found = (runner.decode(tokens, positions) for runner in (all_tokens, last_tokens))
+    np.testing.assert_allclose(found[: len(prompts)], expected[: len(prompts)], rtol=0, atol=1e-4)
