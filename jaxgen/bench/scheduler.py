@@ -59,12 +59,13 @@ class FakeRunner:
                     self.done.set()
         else:
             self._prefill(plan)
-        tokens: Any = np.full(max(1, len(plan.chunks) + len(plan.lanes)), 17, np.int32)
-        output = StepOutput(None, None, None, None)
-        return Launched(plan, tokens, None, output, 0, False, False, False)
+        requests = [*(chunk.request for chunk in plan.chunks), *plan.lanes]
+        tokens: Any = np.full((plan.steps, max(1, len(requests))), 17, np.int32)
+        output = StepOutput(None, None, None)
+        return Launched(plan, tokens, np.arange(len(requests)), output, 0, False, False, False)
 
     def read(self, launched: Launched) -> StepResult:
-        return StepResult(np.asarray(launched.tokens).tolist(), None, None, None)
+        return StepResult(np.asarray(launched.tokens).ravel().tolist(), None, None, None)
 
     def _decode(self, plan: Plan) -> None:
         if plan.membership_changed or plan.page_updates:

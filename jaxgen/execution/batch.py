@@ -1,4 +1,4 @@
-"""Packs scheduler plans into the flat arrays of `layout.py` (NumPy only; the runner uploads them)."""
+"""Packs scheduler plans into the flat array of `layout.py` (NumPy only; the runner uploads them)."""
 
 from __future__ import annotations
 
@@ -162,22 +162,16 @@ def wants_input_logprobs(chunk: Chunk) -> bool:
 
 def pack_prefill(
     plan: Plan, mirror: RowMirror, fresh: list[bool], tokens: int, rows: int, variant: Variant
-) -> tuple[np.ndarray, np.ndarray]:
-    """The int32 and float32 uploads of a prefill step of T=`tokens` packed tokens in N=`rows` rows.
+) -> np.ndarray:
+    """The int32 upload of a prefill step of T=`tokens` packed tokens in N=`rows` rows.
 
     Every chunk's request must have been claimed in `mirror`; `fresh` says what the claims returned.
     """
     total_rows = len(mirror.owner)
-    ints, floats = layout.prefill_layouts(
-        tokens,
-        rows,
-        mirror.table.shape[1],
-        mirror.edit_ids.shape[1],
-        mirror.logprob_ids.shape[1],
-        full=not variant.plain,
-    )
-    packed, packed_floats = np.zeros(ints.size, np.int32), np.zeros(floats.size, np.float32)
-    f = ints.views(packed) | floats.views(packed_floats)
+    widths = mirror.table.shape[1], mirror.edit_ids.shape[1], mirror.logprob_ids.shape[1]
+    packing = layout.prefill_layout(tokens, rows, *widths, full=not variant.plain)
+    packed = np.zeros(packing.size, np.int32)
+    f = packing.views(packed)
     f["segment"][:] = rows
     f["row"][:] = total_rows
     state_rows: list[int] = []
@@ -221,4 +215,4 @@ def pack_prefill(
         f["edit_until"][span] = mirror.edit_until[chosen]
         f["edit_values"][span] = mirror.edit_values[chosen]
         f["logprob_ids"][span] = mirror.logprob_ids[chosen]
-    return packed, packed_floats
+    return packed

@@ -37,9 +37,9 @@ MOST_TRITON_TOKENS_WIDENED = 128
 class StepKey(NamedTuple):
     """One compiled step.
 
-    size: pages (copy), lanes (decode and the refill of its upload), packed tokens (prefill) or rows of the lane
-    state (newest tokens). rows: prefill only. steps: tokens of each lane in one launch, decode only. widths: of
-    the sparse edits and of the requested log-probabilities in the lane state.
+    size: pages (copy), lanes (decode), packed tokens (prefill) or rows of the lane state (newest tokens). rows:
+    prefill only. steps: tokens of each lane in one launch, decode only. widths: of the sparse edits and of the
+    requested log-probabilities in the lane state. A refill has the fields of its step that its upload depends on.
     """
 
     kind: str
@@ -49,9 +49,25 @@ class StepKey(NamedTuple):
     widths: tuple[int, int] = NO_WIDTHS
     steps: int = 1
 
+    @property
+    def refill(self) -> StepKey:
+        """What brings the upload of this decode or prefill step to its place."""
+        if self.kind == DECODE:
+            return StepKey(REFILL, self.size)
+        return self._replace(kind=REFILL)
+
+    def upload(self, max_pages: int) -> layout.Layout:
+        """The layout of the upload of a decode or prefill step, or of its refill."""
+        if not self.rows:
+            return layout.decode_layout(self.size)
+        assert self.variant is not None
+        return layout.prefill_layout(
+            self.size, self.rows, max_pages, *self.widths, full=not self.variant.plain
+        )
+
     def __str__(self) -> str:
-        second = self.rows if self.kind == PREFILL else self.steps
-        shape = str(self.size) if self.kind != PREFILL and second == 1 else f"{self.size} x {second}"
+        second = self.rows or self.steps
+        shape = str(self.size) if not self.rows and second == 1 else f"{self.size} x {second}"
         return f"{self.kind} {shape} {tuple(self.variant) if self.variant else ''}".rstrip()
 
 
@@ -118,26 +134,21 @@ class Programs:
             return jitted.lower(kv, self._upload((2, key.size)))
         if key.kind == NEWEST:
             return jax.jit(newest_tokens, out_shardings=self.replicated).lower(shapes.state.drawn)
+        packed = self._upload((key.upload(shapes.max_pages).size,))
         if key.kind == REFILL:
-            packed = self._upload((layout.decode_layout(key.size).size,))
             jitted = jax.jit(refill, donate_argnums=(0,), keep_unused=True, out_shardings=self.replicated)
             return jitted.lower(packed, packed)
         assert key.variant is not None
         if key.kind == DECODE:
             function = decode_step(self.spec, key.size, key.steps, key.variant)
-            uploads = [self._upload((layout.decode_layout(key.size).size,))]
         else:
             function = prefill_step(self.spec, key.size, key.rows, key.variant)
-            ints, floats = layout.prefill_layouts(
-                key.size, key.rows, shapes.max_pages, *key.widths, full=not key.variant.plain
-            )
-            uploads = [self._upload((ints.size,)), self._upload((floats.size,), jnp.float32)]
         state_out = jax.tree.map(lambda _: self.replicated, shapes.state)
         jitted = jax.jit(function, donate_argnums=(1, 2), out_shardings=(self.replicated, kv_out, state_out))
-        return jitted.lower(self.weights, kv, shapes.state, *uploads)
+        return jitted.lower(self.weights, kv, shapes.state, packed)
 
-    def _upload(self, shape: tuple[int, ...], dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=self.replicated)
+    def _upload(self, shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=self.replicated)
 
 
 def most_triton_tokens(scheme: Scheme | None) -> int:

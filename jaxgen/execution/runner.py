@@ -36,8 +36,8 @@ class Launched:
     """A step on its way: the plan it serves, what it leaves on the device, and what of that is wanted."""
 
     plan: Plan
-    tokens: jax.Array  # [N] int32 of a prefill step in the plan's order; [K, R] of a decode launch
-    rows: np.ndarray | None  # of the lanes of a decode launch
+    tokens: jax.Array  # [K, R] int32
+    rows: np.ndarray  # of chunks and lanes in the lane state
     output: StepOutput
     top_logprobs: int
     wants_logprobs: bool
@@ -89,7 +89,7 @@ class Runner:
         self.device = mesh.devices.flat[0]
         self._replicated = sharding_for(mesh, ())
         self._kv_sharding = sharding_for(mesh, KV_PAGE_AXES)
-        self._uploads: dict[int, jax.Array] = {}
+        self._uploads: dict[StepKey, jax.Array] = {}  # by refill
         self._decode: DecodeUpload | None = None
         with report.phase("build model"):
             builder = StepBuilder(model_config, config, mesh, cache_directory)
@@ -143,26 +143,22 @@ class Runner:
         if key.widths not in (NO_WIDTHS, self.steps.shapes.widths):
             return  # made for a lane state that has been widened since
         if key.kind in (NEWEST, REFILL):
-            return  # small, and run with every decode step
+            return  # small, and run with every step
         if key.kind == COPY:
             self._copy_pages([(0, self.kv_shape.num_pages)])  # to a page out of range: dropped
             return
         assert key.variant is not None
         if key.kind == DECODE:
             packed = np.full(layout.decode_layout(key.size).size, self.config.rows, np.int32)
-            self._run(key, self._upload(key.size, packed))
         else:
-            nothing = Plan(kind=PREFILL)
-            self._run(key, *pack_prefill(nothing, self.mirror, [], key.size, key.rows, key.variant))
+            packed = pack_prefill(Plan(kind=PREFILL), self.mirror, [], key.size, key.rows, key.variant)
+        self._run(key, self._upload(key, packed))
 
     # ---- compiled steps
 
-    def _run(self, key: StepKey, *uploads: np.ndarray | jax.Array) -> StepOutput:
-        """Launches a decode or prefill step; KV pages and lane state are replaced by the step's.
-
-        The step uploads NumPy arrays itself, for less than `device_put` takes.
-        """
-        output, self.kv, self.state = self.steps.get(key)(self.weights, self.kv, self.state, *uploads)
+    def _run(self, key: StepKey, packed: jax.Array) -> StepOutput:
+        """Launches a decode or prefill step; KV pages and lane state are replaced by the step's."""
+        output, self.kv, self.state = self.steps.get(key)(self.weights, self.kv, self.state, packed)
         return output
 
     @property
@@ -200,9 +196,7 @@ class Runner:
     def read(self, launched: Launched) -> StepResult:
         """Waits for a launched step and returns what its plan asked for as host arrays."""
         output, plan = launched.output, launched.plan
-        tokens = np.asarray(launched.tokens)
-        if launched.rows is not None:
-            tokens = tokens[: plan.steps, launched.rows].ravel()
+        tokens = np.asarray(launched.tokens)[: plan.steps, launched.rows].ravel()
 
         def host(wanted: bool, array: jax.Array | None) -> np.ndarray | None:
             if not wanted or array is None:
@@ -243,13 +237,20 @@ class Runner:
             # Without news the upload of the step before serves again: its page updates are in place already.
             self.mirror.assign_pages(plan.page_updates)
             packed = pack_decode(plan, decode.key.size, self.config.rows)
-            decode = dataclasses.replace(decode, packed=self._upload(decode.key.size, packed))
+            decode = dataclasses.replace(decode, packed=self._upload(decode.key, packed))
         self._decode = decode
+        assert decode.packed is not None
         output = self._run(decode.key, decode.packed)
-        tokens = self.steps.get(self.steps.choice.newest_key)(self.state.drawn)
         top = _top_logprobs(decode.key)
         return Launched(
-            plan, tokens, decode.rows, output, top, decode.wants_logprobs, False, decode.wants_hidden
+            plan,
+            self._newest_tokens(),
+            decode.rows,
+            output,
+            top,
+            decode.wants_logprobs,
+            False,
+            decode.wants_hidden,
         )
 
     def _launch_prefill(self, plan: Plan) -> Launched:
@@ -261,12 +262,12 @@ class Runner:
         variant = self._variant(requests)
         key = self.steps.choice.prefill(plan.num_tokens, len(requests), variant, self.steps.shapes.widths)
         assert key.variant is not None
-        uploads = pack_prefill(plan, self.mirror, fresh, key.size, key.rows, key.variant)
-        output = self._run(key, *uploads)
+        packed = pack_prefill(plan, self.mirror, fresh, key.size, key.rows, key.variant)
+        output = self._run(key, self._upload(key, packed))
         return Launched(
             plan,
-            output.tokens,
-            None,
+            self._newest_tokens(),
+            np.array([request.row for request in requests], np.int32),
             output,
             _top_logprobs(key),
             wants_logprobs=any(r.return_logprob for r in requests),
@@ -274,13 +275,20 @@ class Runner:
             wants_hidden=self.config.return_hidden and any(r.return_hidden for r in requests),
         )
 
-    def _upload(self, lanes: int, packed: np.ndarray) -> jax.Array:
-        """The packed array of a decode step on the device, at one address for each number of lanes."""
-        buffer = self._uploads.pop(lanes, None)
+    def _newest_tokens(self) -> jax.Array:
+        """A copy [K, R] of the tokens of the last launch."""
+        return self.steps.get(self.steps.choice.newest_key)(self.state.drawn)
+
+    def _upload(self, key: StepKey, packed: np.ndarray) -> jax.Array:
+        """The packed array of a step on the device, at one address for each step.
+
+        The refill uploads the NumPy array itself, for less than `device_put` takes.
+        """
+        buffer = self._uploads.pop(key.refill, None)
         if buffer is None:
             buffer = jax.device_put(packed, self._replicated)
-        array = self.steps.get(self.steps.choice.refill_key(lanes))(buffer, packed)
-        self._uploads[lanes] = array
+        array = self.steps.get(key.refill)(buffer, packed)
+        self._uploads[key.refill] = array
         return array
 
     def _copy_pages(self, copies: Sequence[tuple[int, int]]) -> None:
@@ -333,7 +341,7 @@ class Runner:
         """Returns every device buffer the runner owns; waits for the steps that are being compiled."""
         self.steps.release()
         self._decode = None
-        for array in jax.tree.leaves((self.weights, self.kv, self.state, self._uploads)):
+        for array in jax.tree.leaves((self.weights, self.kv, self.state, *self._uploads.values())):
             array.delete()
         self._uploads = {}
         self.weights, self.kv, self.state = (), (), None

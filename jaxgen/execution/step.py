@@ -1,7 +1,10 @@
 """The jitted functions: one launch is forward, logits, sampling, KV write and next-token feed.
 
 Only flat arrays cross the jit boundary: the weights as a tuple of leaves, the KV pages as a flat tuple, the
-lane state, and the packed host arrays of `layout.py`. KV pages and lane state are donated.
+lane state, and the packed host array of `layout.py`. KV pages and lane state are donated.
+
+A plain step has no output that is not written over one of its inputs. With every buffer at the address of the step
+before, a GPU replays the captured step as it is; a new one costs the host an update of it.
 """
 
 from __future__ import annotations
@@ -29,12 +32,11 @@ LOGPROB_BLOCK = 128
 class StepOutput:
     """What a step leaves for the host.
 
-    tokens [N] int32 drawn tokens of a prefill step (-1: the row held NaN); a decode step leaves its tokens in
-    the lane state alone. logprobs [N or K, B, ...] of the drawn tokens and input_logprobs [T, ...] of the packed
-    tokens' targets, both packed; hidden [T or K, B, D] final-norm vectors (engines that return hidden states).
+    Its tokens are in the lane state. logprobs [N or K, B, ...] of the drawn tokens and input_logprobs [T, ...] of
+    the packed tokens' targets, both packed; hidden [T or K, B, D] final-norm vectors (engines that return hidden
+    states).
     """
 
-    tokens: jax.Array | None
     logprobs: jax.Array | None
     input_logprobs: jax.Array | None
     hidden: jax.Array | None
@@ -88,9 +90,6 @@ def decode_step(spec: StepSpec, lanes: int, steps: int, variant: Variant) -> Cal
     """(weights, kv, state, packed int32) -> (StepOutput, kv, state): a token for each of B lanes, `steps` times.
 
     A lane stops at the last token it may draw. Tokens end in `state.drawn`, [K, R].
-
-    The plain step has no output that is not written over one of its inputs. With every buffer at the address
-    of the step before, a GPU replays the captured step as it is; a new one costs the host an update of it.
     """
 
     def one(index, weights, kv, state: L.LaneState, rows, batch_table):
@@ -126,24 +125,20 @@ def decode_step(spec: StepSpec, lanes: int, steps: int, variant: Variant) -> Cal
             return one(index, weights, pages, state, rows, batch_table)
 
         (kv, state), (logprobs, hidden) = jax.lax.scan(body, (tuple(kv), state), jnp.arange(steps))
-        return StepOutput(None, logprobs, None, hidden), kv, state
+        return StepOutput(logprobs, None, hidden), kv, state
 
     return step
 
 
 def prefill_step(spec: StepSpec, tokens: int, rows: int, variant: Variant) -> Callable:
-    """(weights, kv, state, packed int32, packed float32) -> (StepOutput, kv, state): T tokens of N rows."""
+    """(weights, kv, state, packed int32) -> (StepOutput, kv, state): T tokens of N rows.
 
-    def step(weights, kv, state: L.LaneState, packed, packed_floats):
-        ints, floats = layout.prefill_layouts(
-            tokens,
-            rows,
-            state.page_table.shape[1],
-            state.edit_width,
-            state.logprob_width,
-            full=not variant.plain,
-        )
-        f = ints.views(packed) | floats.views(packed_floats)
+    The token drawn for a row (-1: NaN) ends in `state.drawn[0]`.
+    """
+
+    def step(weights, kv, state: L.LaneState, packed):
+        widths = state.page_table.shape[1], state.edit_width, state.logprob_width
+        f = layout.prefill_layout(tokens, rows, *widths, full=not variant.plain).views(packed)
         row, segment = f["row"], f["segment"]
         active = segment < rows  # [T]
         owner = jnp.minimum(segment, rows - 1)  # [T] index into this batch's rows
@@ -174,8 +169,13 @@ def prefill_step(spec: StepSpec, tokens: int, rows: int, variant: Variant) -> Ca
         input_logprobs = None
         if not variant.plain:
             input_logprobs = _input_logprobs(spec, model, hidden, f, owner, variant.top_logprobs)
-        state = dataclasses.replace(state, token=state.token.at[row].set(drawn, mode="drop"), counts=counts)
-        output = StepOutput(drawn, logprobs, input_logprobs, hidden if spec.return_hidden else None)
+        state = dataclasses.replace(
+            state,
+            token=state.token.at[row].set(drawn, mode="drop"),
+            drawn=state.drawn.at[0, row].set(drawn, mode="drop"),
+            counts=counts,
+        )
+        output = StepOutput(logprobs, input_logprobs, hidden if spec.return_hidden else None)
         return output, flatten_pages(pages), state
 
     return step
@@ -282,7 +282,7 @@ def _input_logprobs(spec: StepSpec, model, hidden, f, owner, top: int) -> jax.Ar
 
 
 def newest_tokens(drawn: jax.Array) -> jax.Array:
-    """A copy [K, R] of the tokens of a decode launch, for the host: the original goes into the next one."""
+    """A copy [K, R] of the tokens of a launch, for the host: the original goes into the next one."""
     return drawn + 0
 
 

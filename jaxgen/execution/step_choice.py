@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 
 from jaxgen.execution.batch import RequestNeeds, needs_of
-from jaxgen.execution.programs import COPY, DECODE, NEWEST, PREFILL, REFILL, StepKey
+from jaxgen.execution.programs import COPY, DECODE, NEWEST, PREFILL, StepKey
 from jaxgen.execution.runner_config import RunnerConfig
 from jaxgen.execution.sampler import PLAIN, Variant
 from jaxgen.scheduling.buckets import coarse, decode_steps, sparse
@@ -64,9 +64,6 @@ class StepChoice:
         self.copy_key = StepKey(COPY, config.prefill_buckets[-1][1])
         self.newest_key = StepKey(NEWEST, config.rows)
 
-    def refill_key(self, lanes: int) -> StepKey:
-        return StepKey(REFILL, lanes)
-
     def startup_keys(self, widths: tuple[int, int]) -> list[StepKey]:
         """The steps compiled at start-up, the largest first: they take longest."""
         config = self.config
@@ -76,9 +73,7 @@ class StepChoice:
                 keys += [StepKey(PREFILL, *b, variant, widths) for b in self._prefill_buckets(variant)]
             if config.precompile_decode:
                 keys += self._decode_keys(variant, widths)
-        if config.precompile_decode:
-            keys += [self.refill_key(lanes) for lanes in config.decode_buckets]
-        return sorted(keys, key=lambda key: -key.size)
+        return sorted(_with_refills(keys), key=lambda key: -key.size)
 
     def first_keys(self, widths: tuple[int, int]) -> list[StepKey]:
         """The steps that serve every request in launches of one step, if slowly; those that take longest first.
@@ -96,8 +91,7 @@ class StepChoice:
         if config.precompile_decode:
             lanes = sparse(config.decode_buckets, FIRST_RATIO)[1:2]
             keys += [StepKey(DECODE, b, 0, common, widths) for b in lanes]
-        keys += [self.refill_key(key.size) for key in keys if key.kind == DECODE]
-        return [*keys, self.copy_key, self.newest_key]
+        return _with_refills([*keys, self.copy_key, self.newest_key])
 
     def rest_keys(self, widths: tuple[int, int]) -> list[StepKey]:
         """The start-up steps that are not first, the most useful first."""
@@ -105,8 +99,9 @@ class StepChoice:
         rest = [key for key in self.startup_keys(widths) if key not in first]
 
         def order(key: StepKey) -> tuple:
-            """Decode steps after the refills they need; common ones and powers of two before others."""
-            return key.variant is not None, self._is_rare(key.variant), key.size.bit_count() > 1, -key.size
+            """Steps after the refills they need; common ones and powers of two before others."""
+            is_step = key.kind in (DECODE, PREFILL)
+            return is_step, self._is_rare(key.variant), key.size.bit_count() > 1, -key.size
 
         return sorted(rest, key=order)
 
@@ -202,6 +197,12 @@ class StepChoice:
     def _is_rare(self, variant: Variant | None) -> bool:
         """Whether a variant is one of several, and not for the common requests."""
         return not (variant is None or variant.plain) and len(self.variants) > 1
+
+
+def _with_refills(keys: list[StepKey]) -> list[StepKey]:
+    """The keys, and those of the refills that their uploads need."""
+    refills = (key.refill for key in keys if key.kind in (DECODE, PREFILL))
+    return [*keys, *dict.fromkeys(refills)]
 
 
 def power_of_two(n: int) -> int:

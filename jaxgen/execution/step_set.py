@@ -13,7 +13,7 @@ from jaxgen.execution import kv_cache, lanes
 from jaxgen.execution.compile import BackgroundCompilation, StartupCompilation, StepTable
 from jaxgen.execution.kv_cache import KVShape
 from jaxgen.execution.memory_plan import MemoryPlanner
-from jaxgen.execution.programs import DECODE, NO_WIDTHS, Shapes, StepKey, shard_bytes, temporary_bytes
+from jaxgen.execution.programs import NO_WIDTHS, Shapes, StepKey, shard_bytes, temporary_bytes
 from jaxgen.execution.runner_config import RunnerConfig
 from jaxgen.execution.step_builder import StepBuilder
 from jaxgen.execution.step_choice import (
@@ -99,9 +99,7 @@ class StepSet:
         return [key for key in self.choice.rest_keys(self.shapes.widths) if key not in self._table]
 
     def _is_compiled(self, key: StepKey) -> bool:
-        if key.kind == DECODE and self.choice.refill_key(key.size) not in self._table:
-            return False
-        return key in self._table
+        return key in self._table and key.refill in self._table
 
     def _build(self, key: StepKey) -> jax.stages.Compiled:
         shapes = self.shapes
