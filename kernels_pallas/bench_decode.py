@@ -23,11 +23,13 @@ class DecodeCase:
     page_size: int = 64
     target: float | None = None
     page_dtype: str = "bfloat16"
+    common: int = 0  # tokens, of whole pages, that all lanes have in the same pages
 
     @property
     def kv_bytes(self) -> int:
         itemsize = jnp.dtype(self.page_dtype).itemsize
-        return 2 * sum(self.lengths) * self.num_kv_heads * self.head_dim * itemsize
+        tokens = sum(self.lengths) - (len(self.lengths) - 1) * self.common
+        return 2 * tokens * self.num_kv_heads * self.head_dim * itemsize
 
 
 def _ragged(count: int, low: int, high: int) -> tuple[int, ...]:
@@ -48,6 +50,7 @@ DECODE_CASES = (
     DecodeCase("1 x 32768, 32/8 x 128", (32768,), 32, 8, 128),
     DecodeCase("1 x 1024, 32/8 x 128", (1024,), 32, 8, 128),
     DecodeCase("16 x 8192, 16/8 x 256", (8192,) * 16, 16, 8, 256),
+    DecodeCase("256 x 2048 common + 64..128, 32/8 x 128", _ragged(256, 2112, 2176), 32, 8, 128, common=2048),
 )
 
 
@@ -59,13 +62,16 @@ def decode_inputs(case: DecodeCase) -> tuple[list[jax.Array], list[jax.Array], l
     lanes, page = len(case.lengths), case.page_size
     max_pages = -(-max(case.lengths) // page)
     sets = max(1, min(64, -(-2 * L2_BYTES // case.kv_bytes)))
-    counts = [-(-n // page) for n in case.lengths]
-    order = np.random.default_rng(1).permutation(sum(counts) * sets).astype(np.int32)
+    shared = case.common // page
+    counts = [-(-n // page) - shared for n in case.lengths]
+    order = np.random.default_rng(1).permutation((shared + sum(counts)) * sets).astype(np.int32)
     tables: np.ndarray = np.zeros((sets, lanes, max_pages), np.int32)
     taken = 0
     for i in range(sets):
+        tables[i, :, :shared] = order[taken : taken + shared]
+        taken += shared
         for lane, count in enumerate(counts):
-            tables[i, lane, :count] = order[taken : taken + count]
+            tables[i, lane, shared : shared + count] = order[taken : taken + count]
             taken += count
     keys = jax.random.split(jax.random.key(0), 4)
     shape = (len(order), case.num_kv_heads, page, case.head_dim)
@@ -106,8 +112,18 @@ def time_update(case: DecodeCase, update: Callable, repeats: int) -> float:
     return seconds_per_call(chain, [*pages, *step, *tables], calls, repeats, donated=2)
 
 
+def with_common_prefix(attend: Callable, common: int) -> Callable:
+    """`attend`, told that its lanes, all longer, have their first `common` tokens in the same pages."""
+
+    def call(q, k_pages, v_pages, page_table, lengths, *step):
+        prefix = jnp.minimum(lengths[:1], common)  # no constant: an engine has none
+        return attend(q, k_pages, v_pages, page_table, lengths, *step, common_prefix=prefix)
+
+    return call
+
+
 def bench_decode(repeats: int, rates: dict) -> Iterator[dict]:
-    """The floor is one read of the keys and values."""
+    """The floor is one read of the keys and values; what lanes have in common is read without being told so, too."""
     ops: dict[str, tuple[Callable, Callable]] = {
         "paged_decode": (time_decode, paged_decode),
         "paged_decode_update": (time_update, paged_decode_update),
@@ -117,3 +133,6 @@ def bench_decode(repeats: int, rates: dict) -> Iterator[dict]:
             seconds = timing(case, function, repeats)
             floor = case.kv_bytes / rates["read_bytes_per_s"]
             yield figure(op, case.name, seconds, floor, target=case.target)
+            if case.common:
+                seconds = timing(case, with_common_prefix(function, case.common), repeats)
+                yield figure(op, f"{case.name}, told", seconds, floor)

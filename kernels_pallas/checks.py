@@ -38,6 +38,11 @@ def check_attention(q, k_pages, v_pages, page_table, lengths, window, softcap, s
         raise ValueError(f"sinks must be [N] = [{q.shape[1]}], got {sinks.shape}")
 
 
+def check_common_prefix(common_prefix) -> None:
+    if common_prefix is not None and (common_prefix.shape != (1,) or common_prefix.dtype != jnp.int32):
+        raise ValueError(f"common_prefix must be [1] int32, got {common_prefix.shape} {common_prefix.dtype}")
+
+
 def check_update(
     qkv, k_pages, v_pages, page_table, lengths, cos, sin, q_norm, k_norm, window, softcap, sinks
 ) -> None:

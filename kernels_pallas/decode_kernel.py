@@ -10,6 +10,9 @@ memory, where the one that finishes last merges them in their order.
 The token being decoded never travels through its page: its key and value take their rows of the tiles in
 shared memory, and are written to the page after all reads of that part of it.
 
+Where lanes have a prefix in common, another launch (`prefix_kernel`) has read it once for all. A lane then has the
+blocks behind it, and the one split that takes the last of them starts from what was seen of the prefix.
+
 Everything is computed transposed, with KV tokens and head dims as the 64 rows of a wgmma and the few query
 heads of a group as its columns: nothing is wasted on padding a group to 64 rows, and so few registers are
 held that several blocks of threads share a multiprocessor and hide each other's start and end.
@@ -23,18 +26,28 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from kernels_pallas import cluster_merge, decode_parts, mosaic, prefetch, tile_rows
+from kernels_pallas import (
+    cluster_merge,
+    decode_parts,
+    mosaic,
+    prefetch,
+    prefix_kernel,
+    reference,
+    tile_rows,
+)
 from kernels_pallas.decode_config import DecodeConfig, choose_config, scale_operands
 from kernels_pallas.decode_memory import PageIds, Ring, Share, copies_of, longest_first, stream
 from kernels_pallas.lowering import lower_once
 from kernels_pallas.mosaic import LOG2E, MASKED, MULTIPROCESSORS
+from kernels_pallas.prefill_config import UNIT
+from kernels_pallas.prefix_kernel import Prefix
 
 PARTIAL = "acc", "maximum", "denominator"
 
 
 def paged_decode(
     q, k_pages, v_pages, page_table, lengths, *, sm_scale, window, softcap, sinks, k_scale, v_scale,
-    deterministic,
+    deterministic, common_prefix,
 ):  # fmt: skip
     """`kernels_pallas.paged_decode` by the kernel; operands that `unsupported` accepts."""
     num_lanes, num_heads, head_dim = q.shape
@@ -44,13 +57,17 @@ def paged_decode(
     config = choose_config(group, k_pages, page_table, deterministic)
     scale = float(head_dim**-0.5 if sm_scale is None else sm_scale)
     operands = (x, k_pages, v_pages, page_table, lengths, sinks, None, None, scale_operands(k_scale, v_scale))
-    o, _, _ = _decode(*operands, scale, window, softcap, None, config, None)
+    prefix = None
+    if common_prefix is not None:
+        options = {"sm_scale": sm_scale, "softcap": softcap, "k_scale": k_scale}
+        prefix = prefix_kernel.attend(q, k_pages, v_pages, page_table, common_prefix, **options)
+    o, _, _ = _decode(*operands, scale, window, softcap, None, config, None, prefix=prefix)
     return o.reshape(q.shape)
 
 
 def paged_decode_update(
     qkv, k_pages, v_pages, page_table, lengths, cos, sin, *, q_norm, k_norm, epsilon, sm_scale, window,
-    softcap, sinks, k_scale, v_scale, deterministic, ahead,
+    softcap, sinks, k_scale, v_scale, deterministic, ahead, common_prefix,
 ):  # fmt: skip
     """`kernels_pallas.paged_decode_update` by the kernel; operands that both `unsupported*` accept."""
     num_lanes, num_kv_heads, rows, head_dim = qkv.shape
@@ -60,18 +77,25 @@ def paged_decode_update(
     scales = scale_operands(k_scale, v_scale)
     operands = (qkv, k_pages, v_pages, page_table, lengths, sinks, (cos, sin), norms, scales)
     options = scale, window, softcap, float(epsilon), config, None
-    o, k_pages, v_pages = _decode(*operands, *options, ahead=tuple(ahead) if num_lanes == 1 else ())
+    prefix = None
+    if common_prefix is not None:
+        q, _, _ = reference.prepare_heads(qkv, cos, sin, q_norm, k_norm, epsilon)
+        seen = {"sm_scale": sm_scale, "softcap": softcap, "k_scale": k_scale}
+        prefix = prefix_kernel.attend(q, k_pages, v_pages, page_table, common_prefix, **seen)
+    ahead = tuple(ahead) if num_lanes == 1 else ()
+    o, k_pages, v_pages = _decode(*operands, *options, ahead=ahead, prefix=prefix)
     return o.reshape(num_lanes, num_kv_heads * (rows - 2), head_dim), k_pages, v_pages
 
 
 @lower_once("scale", "window", "softcap", "epsilon", "config", "interpret")
 def _decode(
     x, k_pages, v_pages, page_table, lengths, sinks, rope, norms, scales, scale, window, softcap, epsilon,
-    config: DecodeConfig, interpret, ahead=(),
+    config: DecodeConfig, interpret, ahead=(), prefix: Prefix | None = None,
 ):  # fmt: skip
     """x [B, K, G, H], or [B, K, G + 2, H] with `rope` = (cos, sin): then the new token is stored, too.
 
-    Blocks of threads beside the lanes' fetch the weights `ahead`. Returns o [B, K, G, H] and the pages.
+    Blocks of threads beside the lanes' fetch the weights `ahead`. `prefix` is what the lanes have seen already; it
+    goes without a window. Returns o [B, K, G, H] and the pages.
     """
     num_lanes, num_kv_heads, rows, head_dim = x.shape
     page_size, max_pages = k_pages.shape[2], page_table.shape[1]
@@ -101,13 +125,16 @@ def _decode(
         operands |= {"k_scale": scales[0].reshape(1), "v_scale": scales[1].reshape(1)}
     if sinks is not None:
         operands["sinks"] = sinks.astype(jnp.float32)
+    if prefix is not None:
+        operands |= {"prefix": prefix.tokens, "seen": prefix.o, "sums": prefix.sums}
     idle_lanes = 0  # blocks of threads as of further lanes, for multiprocessors that would have no work
     fetched = prefetch.shares(ahead)
     if any(fetched) and not interpreted:  # the interpreter has no L2 cache
         idle_lanes = max(mosaic.multiprocessors() // (num_kv_heads * splits) - num_lanes, 0)
     operands |= {f"ahead{i}": weight for i, weight in enumerate(ahead if idle_lanes else ())}
     if config.longest_first:
-        operands["lanes"] = longest_first(lengths, page_table, window, block, page_size)
+        skipped = None if prefix is None else lax.div(prefix.tokens[0], jnp.int32(UNIT)) * (UNIT // block)
+        operands["lanes"] = longest_first(lengths, page_table, window, block, page_size, skipped)
     outputs = {"o": mosaic.out_like((num_lanes, num_kv_heads, group, head_dim), dtype, *operands.values())}
     if splits > 1 and not clustered:
         # Zeros that are back to zeros after every launch, so that all layers of a step can share them.
@@ -134,7 +161,11 @@ def _decode(
             lane, length = fields[:2]
         else:
             length = ref["lengths"][lane]
-        share = Share.of(length, window, split, splits, block)
+        skipped = None
+        if prefix is not None:
+            units = lax.div(ref["prefix"][0], jnp.int32(UNIT))
+            skipped = units * (UNIT // block)
+        share = Share.of(length, window, split, splits, block, skipped)
         page_ids = PageIds(share, ref["table"].at[lane], length, block, page_size)
         # Before the branch that waits for the length.
         first_ids = tuple(fields[2:]) if config.longest_first else page_ids(jnp.int32(0))
@@ -143,6 +174,10 @@ def _decode(
 
         @pl.when((thread == 0) & has_work)
         def _compute():
+            if prefix is not None:  # before the wait for x
+                active = jnp.where(share.owner & (length > 0), units, jnp.int32(0))
+                place = lane, head, padded, active
+                seen = decode_parts.seen_before(ref["seen"], ref["sums"], *place, interpret=interpreted)
             if update:
                 tile_rows.row_major(x_smem, interpret=interpreted)
                 decode_parts.rotate(x_smem, x_bar, ref, lane, group, epsilon)
@@ -225,6 +260,8 @@ def _decode(
 
             sink = None if sinks is None else decode_parts.sink_logits(ref["sinks"], head, group, padded)
             state = decode_parts.seed((block, head_dim, padded), sink, share.owner & (length > 0))
+            if prefix is not None:
+                state = decode_parts.resume(state, seen)
             ragged = share.owner & (share.trips > 0)  # the last block has a tail, or the new token
             if not update:
                 ragged &= lax.rem(length, jnp.int32(block)) > 0

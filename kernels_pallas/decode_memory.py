@@ -29,11 +29,18 @@ class Share:
     owner: Scalar  # of the lane's last block, if it has any
 
     @classmethod
-    def of(cls, length, window: int | None, split, num_splits: int, block: int) -> "Share":
-        """The share of `split` in a lane of `length` tokens, of which it sees the last `window`."""
+    def of(cls, length, window: int | None, split, num_splits: int, block: int, skipped=None) -> "Share":
+        """The share of `split` in a lane of `length` tokens, of which it sees the last `window`.
+
+        `skipped` KV blocks, where it has them, are left to others; then there is no window.
+        """
         first = jnp.int32(0) if window is None else lax.max(length - window, jnp.int32(0))
-        first_block = lax.div(first, jnp.int32(block))
-        num_blocks = mosaic.ceil_div(length, block) - first_block
+        if skipped is None:
+            first_block = lax.div(first, jnp.int32(block))
+            num_blocks = mosaic.ceil_div(length, block) - first_block
+        else:
+            first_block = skipped
+            num_blocks = lax.max(mosaic.ceil_div(length, block) - skipped, jnp.int32(0))
         active = active_splits(num_blocks, num_splits) if num_splits > 1 else jnp.int32(1)
         trips = lax.div(num_blocks - 1 - split + active, active) if num_splits > 1 else num_blocks
         owner = split == lax.rem(lax.max(num_blocks - 1, jnp.int32(0)), active)
@@ -79,15 +86,16 @@ class PageIds:
 
 
 def longest_first(
-    lengths: jax.Array, page_table: jax.Array, window: int | None, block: int, page_size: int
+    lengths: jax.Array, page_table: jax.Array, window: int | None, block: int, page_size: int, skipped=None
 ) -> jax.Array:
     """The lanes in the order of falling length: number, length and the ids of the pages of the first KV block.
 
+    The first that is not `skipped`, that is.
     Blocks of threads take them from lengths [B] and page_table [B, MP], both int32, by one load. [B, 2 + copies].
     """
 
     def fields(lane, length, table):
-        share = Share.of(length, window, jnp.int32(0), 1, block)
+        share = Share.of(length, window, jnp.int32(0), 1, block, skipped)
         return jnp.stack([lane, length, *PageIds(share, table, length, block, page_size)(jnp.int32(0))])
 
     lane = jnp.arange(lengths.shape[0], dtype=jnp.int32)

@@ -5,8 +5,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from kernels_pallas import cluster_merge, mosaic
+from kernels_pallas import cluster_merge, mosaic, tile_rows
 from kernels_pallas.mosaic import LOG2E, MASKED
+from kernels_pallas.prefix_kernel import Prefix
 
 # A few heads over four warps, [8 r, 32 c]: two rows a warp, so that sums over a head stay inside a warp.
 HEADS = plgpu.Layout.TILED(
@@ -128,6 +129,39 @@ def seed(shape: tuple[int, int, int], sink, counts):
     weight = jnp.exp2(logits - maximum) * one
     # A denominator is kept as `block` summands.
     return acc, maximum, denominator + _across(weight * (1.0 / block), denominator, 1)
+
+
+def seen_before(o, sums, lane, head, padded: int, active, *, interpret: bool) -> list[tuple]:
+    """What a kv head of a lane has seen of a common prefix, by parts: acc [H, G'], maximum and denominator [G'].
+
+    `o` and `sums` are those of a `Prefix`; nothing has been seen of parts from the number `active` on.
+    """
+    parts, _, _, group, _ = o.shape
+    column = plgpu.broadcasted_iota(jnp.int32, (padded,), 0, layout=SCORES)
+    found = []
+    for part in range(parts):
+        columns = jnp.where(part < active, jnp.int32(group), jnp.int32(0))
+        maximum = plgpu.layout_cast(jnp.full((padded,), MASKED, jnp.float32), SCORES)
+        for i in range(group):
+            value = sums[part, head, Prefix.row_of(lane, i, group)]
+            maximum = jnp.where((column == i) & (column < columns), value, maximum)
+        acc = tile_rows.load_columns(o.at[part, lane, head], columns, padded, interpret=interpret)
+        found.append((acc, maximum, jnp.where(column < columns, 1.0, 0.0)))
+    return found
+
+
+def resume(state, found):
+    """The state `seed` of an online softmax, having seen the partial results `found`, too."""
+    acc, maximum, denominator = state
+    new_maximum = maximum
+    for _, theirs, _ in found:
+        new_maximum = jnp.maximum(new_maximum, theirs)
+    denominator = denominator * _across(jnp.exp2(maximum - new_maximum), denominator, 1)
+    for their_acc, their_maximum, their_denominator in found:
+        weight = jnp.exp2(their_maximum - new_maximum) * their_denominator
+        acc = acc + their_acc * _across(weight, acc, 1)  # the seed's is 0
+        denominator = denominator + _across(weight * (1.0 / denominator.shape[0]), denominator, 1)
+    return acc, new_maximum, denominator
 
 
 def _fold(state, partials, counts):

@@ -22,7 +22,14 @@ from kernels_pallas import (
     reference,
     sample_kernel,
 )
-from kernels_pallas.checks import check_attention, check_lanes, check_pages, check_scales, check_update
+from kernels_pallas.checks import (
+    check_attention,
+    check_common_prefix,
+    check_lanes,
+    check_pages,
+    check_scales,
+    check_update,
+)
 from kernels_pallas.reference import LogitSummary, LogProbabilities
 
 Implementation = Literal["reference", "mosaic"]
@@ -94,6 +101,7 @@ def paged_decode(
     k_scale: Scale = None,
     v_scale: Scale = None,
     deterministic: bool = False,
+    common_prefix: jax.Array | None = None,
     implementation: Implementation | None = None,
 ) -> jax.Array:
     """Attention of one query token per lane over its paged keys and values (grouped-query).
@@ -110,6 +118,10 @@ def paged_decode(
         k_scale, v_scale: scalars by which the stored keys and values are multiplied, those that `write_kv`
             was given (pages of float8_e4m3fn); None is 1.
         deterministic: a kernel lane's bits do not depend on the size of its batch, at some cost in speed.
+        common_prefix: [1] int32, at least 0, tokens that all lanes of length above 0 have in the same pages: each of
+            these lanes is longer, and the first row of page_table begins with the pages even if its lane is empty.
+            The kernel reads them once for all lanes, up to a multiple of 128 tokens, and a lane's result differs by
+            rounding only. It is ignored with a window or `deterministic`, and by the reference.
         implementation: 'reference' or 'mosaic' forces one; by default the kernel where it can run.
 
     Returns:
@@ -120,6 +132,7 @@ def paged_decode(
     """
     check_attention(q, k_pages, v_pages, page_table, lengths, window, softcap, sinks)
     check_scales(k_scale, v_scale)
+    check_common_prefix(common_prefix)
     if page_table.shape[0] != q.shape[0]:
         raise ValueError(f"page_table has {page_table.shape[0]} rows for {q.shape[0]} lanes")
     reason = decode_config.unsupported(q, k_pages, v_pages)
@@ -131,7 +144,10 @@ def paged_decode(
     if runs_kernel("paged_decode", implementation, None if as_rows else reason):
         if as_rows:  # their bits do not depend on one another
             return prefill_kernel.paged_decode(*operands, **options)
-        return decode_kernel.paged_decode(*operands, **options, deterministic=deterministic)
+        prefix = _shared(common_prefix, q, *operands[1:4], window, deterministic)
+        return decode_kernel.paged_decode(
+            *operands, **options, deterministic=deterministic, common_prefix=prefix
+        )
     return reference.paged_decode(*operands, **options)
 
 
@@ -155,6 +171,7 @@ def paged_decode_update(
     v_scale: Scale = None,
     deterministic: bool = False,
     ahead: Sequence[jax.Array] = (),
+    common_prefix: jax.Array | None = None,
     implementation: Implementation | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """A decode layer between its two projections: norm, rope, KV write and attention, as one launch.
@@ -173,7 +190,8 @@ def paged_decode_update(
             from rotary_dim on not at all.
         q_norm, k_norm: [H] weights of the root-mean-square norm of every head; both or neither.
         epsilon: added to the mean square.
-        sm_scale, window, softcap, sinks, deterministic, implementation: as in `paged_decode`.
+        sm_scale, window, softcap, sinks, deterministic, common_prefix, implementation: as in `paged_decode`. The new
+            token is no part of the common prefix.
         k_scale, v_scale: as in `paged_decode`; the new token is divided by them and rounded to the dtype of
             the pages, and attended to as the pages hold it.
         ahead: weights [N, D] or [P, N, D] that the next products read, soonest first. With a single lane the
@@ -187,6 +205,7 @@ def paged_decode_update(
     """
     check_update(qkv, k_pages, v_pages, page_table, lengths, cos, sin, q_norm, k_norm, window, softcap, sinks)
     check_scales(k_scale, v_scale)
+    check_common_prefix(common_prefix)
     if any(weight.ndim not in (2, 3) for weight in ahead):
         raise ValueError(f"ahead must be weights [N, D] or [P, N, D], got {[w.shape for w in ahead]}")
     num_lanes, num_kv_heads, rows, head_dim = qkv.shape
@@ -210,6 +229,7 @@ def paged_decode_update(
             epsilon=epsilon,
             deterministic=deterministic,
             ahead=ahead,
+            common_prefix=_shared(common_prefix, q, k_pages, v_pages, page_table, window, deterministic),
             **options,
         )
     queries, k, v = reference.prepare_heads(qkv, cos, sin, q_norm, k_norm, epsilon)
@@ -224,6 +244,7 @@ def paged_decode_update(
         lengths,
         **options,
         deterministic=deterministic,
+        common_prefix=common_prefix,
         implementation=implementation,
     )
     return o, k_pages, v_pages
@@ -430,3 +451,16 @@ def _in_own_buffers(
     not start at a multiple of 256 bytes. The result of a computation is a buffer of its own.
     """
     return jnp.clip(page_table, 0, k_pages.shape[0] - 1), jnp.maximum(lengths, 0)
+
+
+def _shared(
+    common_prefix: jax.Array | None, q, k_pages, v_pages, page_table, window: int | None, deterministic: bool
+) -> jax.Array | None:
+    """The common prefix that decode is to read once for all lanes, in a buffer of its own; None: each its own.
+
+    Layers with a window see little of it, deterministic ones owe a lane the same bits whatever its neighbours are.
+    """
+    unsupported = prefill_config.unsupported(q, k_pages, v_pages) is not None
+    if common_prefix is None or window is not None or deterministic or unsupported:
+        return None
+    return jnp.clip(common_prefix, 0, page_table.shape[1] * k_pages.shape[2])

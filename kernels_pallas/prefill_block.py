@@ -10,7 +10,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from kernels_pallas.mosaic import ROWS
-from kernels_pallas.prefill_config import QUERY_SLOTS, PrefillConfig
+from kernels_pallas.prefill_config import QUERY_SLOTS, UNIT, PrefillConfig
 from kernels_pallas.prefill_schedule import FIELDS, SLAB
 
 WG_SLABS = ROWS // SLAB
@@ -35,6 +35,9 @@ class Problem:
     columns: int  # of one copy of query rows
     sends_rows: bool  # the copy engine takes single rows of the tiles of queries
     interpret: bool
+    parts: int | None = (
+        None  # of one row's keys, all of which every query sees; None: rows of a work list, causal
+    )
 
     @property
     def tile_slabs(self) -> int:
@@ -71,13 +74,7 @@ class Refs:
     k: Any  # [P, K, S, H]
     v: Any
     table: Any  # [R, MP]
-    tiles: Any  # `prefill_schedule.tiles`
-    total: Any
-    end: Any  # [1]: packed tokens that are not padding
-    sinks: Any  # [K, rows], in the order of a tile's rows
-    limits: Any  # [num_tiles, rows]
-    scales: Any  # [2]: of keys, of values
-    out: Any  # [T, K, G, H]
+    out: Any  # [T, K, G, H], or of each part of the keys
     q_smem: Any  # [QUERY_SLOTS, warpgroups, 64, H]: queries, then their output
     q_pieces: Any  # the same memory as swizzle tiles
     rows: Any  # [warpgroups, 64, any, H]: output to send row by row, where `q_pieces` cannot be
@@ -93,6 +90,14 @@ class Refs:
     landed: Any
     turn: Any
     tail: Any
+    tiles: Any = None  # `prefill_schedule.tiles`
+    total: Any = None
+    end: Any = None  # [1]: packed tokens that are not padding
+    sinks: Any = None  # [K, rows], in the order of a tile's rows
+    limits: Any = None  # [num_tiles, rows]
+    scales: Any = None  # [2]: of keys, of values
+    prefix: Any = None  # [1]: instead of the work list, tokens of the one row
+    sums: Any = None  # [parts, K, rows]: log2 of the sums of the softmax, in the order of the tiles' rows
 
 
 @dataclass(frozen=True)
@@ -117,7 +122,11 @@ class Block:
         self.problem, self.refs = problem, refs
         self.index = lax.axis_index("block")
         self.thread = lax.axis_index("thread")
-        total = refs.total[0] * problem.num_kv_heads
+        if problem.parts is None:
+            total = refs.total[0] * problem.num_kv_heads
+        else:
+            self.units = lax.div(refs.prefix[0], jnp.int32(UNIT))
+            total = lax.min(self.units, jnp.int32(problem.parts)) * (problem.num_tiles * problem.num_kv_heads)
         rounds = lax.div(total, jnp.int32(problem.config.blocks))
         last = rounds * problem.config.blocks + self._place(rounds) < total
         self.num_items = rounds + last.astype(jnp.int32)
@@ -131,9 +140,26 @@ class Block:
         """Scalars of the `Item` n of this block; past its last one, of any."""
         heads = jnp.int32(self.problem.num_kv_heads)
         item = n * self.problem.config.blocks + self._place(n)
-        tile = lax.min(lax.div(item, heads), jnp.int32(self.problem.num_tiles - 1))
+        tile = lax.div(item, heads)
+        if self.problem.parts is not None:
+            return lax.rem(item, heads), tile, *self._part_fields(tile)
+        tile = lax.min(tile, jnp.int32(self.problem.num_tiles - 1))
         fields = (self.refs.tiles[tile * FIELDS + i] for i in range(FIELDS))
         return lax.rem(item, heads), tile, *fields
+
+    def _part_fields(self, tile) -> tuple:
+        """The further fields of an `Item`, of one row whose keys come in parts: tiles count through all parts."""
+        problem, zero = self.problem, jnp.int32(0)
+        size = UNIT // problem.config.block_kv
+        active = lax.max(lax.min(self.units, jnp.int32(problem.parts)), jnp.int32(1))
+        part = self.part(tile)
+        begin, end = (lax.div(self.units * p, active) * size for p in (part, part + 1))
+        slab = (tile - part * problem.num_tiles) * problem.tile_slabs
+        return zero, zero, jnp.int32(problem.num_tokens), self.units * UNIT, slab, begin, end - begin
+
+    def part(self, tile):
+        """Which part of the keys a tile looks at."""
+        return lax.div(tile, jnp.int32(self.problem.num_tiles))
 
     def for_each_item(self, work):
         """Run work(n, item, trips of the items before) for each item; returns the trips of all."""

@@ -26,7 +26,8 @@ def attend_all(block: Block) -> None:
     if problem.config.turns:
         pl.when(block.thread == 0)(lambda: take_turn(block))
     pl.when(block.num_items > 0)(lambda: _release_queries(block, block.num_items - 1))
-    pl.when(refs.end[0] < problem.num_tokens)(lambda: _clear_padding(block))
+    if refs.end is not None:
+        pl.when(refs.end[0] < problem.num_tokens)(lambda: _clear_padding(block))
     plgpu.wait_smem_to_gmem(0)
 
 
@@ -37,9 +38,26 @@ def _release_queries(block: Block, n) -> None:
 
 
 def _attend(block: Block, n, item: Item, first_trip) -> None:
+    problem, refs = block.problem, block.refs
+    slab = item.slab + block.thread * WG_SLABS
+    scale = problem.scale if refs.scales is None else problem.scale * refs.scales[0]
+    trip = functools.partial(_trip, block, n, item, first_trip, scale)
+    if problem.parts is None:
+        state = _causal(block, n, item, slab, trip)
+    else:
+        plgpu.barrier_wait(refs.q_bar.at[query_slot(n)])
+        whole = functools.partial(trip, None, None, masked=False)
+        state = lax.fori_loop(0, item.trips, whole, mosaic.softmax_state(ROWS, problem.head_dim))
+        _store_sums(block, item, slab, state)
+    take_turn(block)
+    _store(block, n, item, slab, _normalise(block, item, slab, state))
+    take_turn(block)
+
+
+def _causal(block: Block, n, item: Item, slab, trip):
+    """The sums over all keys that the queries of a warpgroup see: each those up to its own, or to its limit."""
     problem, refs, window = block.problem, block.refs, block.problem.window
     size = problem.config.block_kv
-    slab = item.slab + block.thread * WG_SLABS
     offset = item.length - item.count
     row = plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=LAYOUT.reduce(1))
     query = offset + block.locate(slab + lax.div(row, jnp.int32(SLAB)))[0]
@@ -48,8 +66,7 @@ def _attend(block: Block, n, item: Item, first_trip) -> None:
     if refs.limits is not None:
         rows = refs.limits.at[item.tile, pl.ds(block.thread * ROWS, ROWS)]
         stop = jnp.maximum(stop, plgpu.load(rows, layout=LAYOUT.reduce(1), optimized=False))
-    scale = problem.scale if refs.scales is None else problem.scale * refs.scales[0]
-    trip = functools.partial(_trip, block, n, item, first_trip, scale, query, stop)
+    trip = functools.partial(trip, query, stop)
     plgpu.barrier_wait(refs.q_bar.at[query_slot(n)])
 
     # Blocks that every query sees are not masked, but for the last, which may have to zero the tail.
@@ -64,10 +81,7 @@ def _attend(block: Block, n, item: Item, first_trip) -> None:
         begin_whole = lax.min(lax.max(seen_by_all - item.begin, jnp.int32(0)), whole)
         state = lax.fori_loop(0, begin_whole, functools.partial(trip, masked=True), state)
     state = lax.fori_loop(begin_whole, whole, functools.partial(trip, masked=False), state)
-    state = lax.fori_loop(whole, item.trips, functools.partial(trip, masked=True), state)
-    take_turn(block)
-    _store(block, n, item, slab, _normalise(block, item, slab, state))
-    take_turn(block)
+    return lax.fori_loop(whole, item.trips, functools.partial(trip, masked=True), state)
 
 
 def _trip(block: Block, n, item: Item, first_trip, scale, query, stop, i, state, *, masked: bool):
@@ -153,9 +167,18 @@ def _normalise(block: Block, item: Item, slab, state):
     return (acc * lax.broadcast_in_dim(inverse, acc.shape, [0])).astype(block.problem.dtype)
 
 
+def _store_sums(block: Block, item: Item, slab, state) -> None:
+    """Store the logarithms, to base 2, of the sums of the softmax that the output will be divided by."""
+    _, maximum, denominator = state
+    rows = block.refs.sums.at[block.part(item.tile), item.head, pl.ds(slab * SLAB, ROWS)]
+    mosaic.store(rows, maximum + jnp.log2(denominator))
+
+
 def _store(block: Block, n, item: Item, slab, out) -> None:
     """Send the output of a warpgroup to global memory by way of where its queries were."""
-    refs, slot = block.refs, query_slot(n)
+    refs, slot, row = block.refs, query_slot(n), item.first
+    if block.problem.parts is not None:
+        row = block.part(item.tile) * block.problem.num_tokens
     refs.q_smem[slot, block.thread] = out
     plgpu.commit_smem()
 
@@ -163,7 +186,7 @@ def _store(block: Block, n, item: Item, slab, out) -> None:
         """Rows of slab s, from `token` of the row on."""
         first, member = block.locate(slab + s)
         for source, columns in block.query_rows(slot, block.thread, s, token - first, rows):
-            target = refs.out.at[pl.ds(item.first + token, rows), item.head, member, columns]
+            target = refs.out.at[pl.ds(row + token, rows), item.head, member, columns]
             plgpu.copy_smem_to_gmem(source, target)
 
     complete = block.locate(slab + (WG_SLABS - 1))[0] + SLAB <= item.count
@@ -178,9 +201,8 @@ def _store(block: Block, n, item: Item, slab, out) -> None:
             send(s, token, 1)
             return
         first, member = block.locate(slab + s)
-        row = pl.ds(s * SLAB + token - first, 1)
-        target = refs.out.at[pl.ds(item.first + token, 1), item.head, member]
-        plgpu.copy_smem_to_gmem(refs.rows.at[block.thread, row, 0], target)
+        source = refs.rows.at[block.thread, pl.ds(s * SLAB + token - first, 1), 0]
+        plgpu.copy_smem_to_gmem(source, refs.out.at[pl.ds(row + token, 1), item.head, member])
 
     @pl.when(jnp.logical_not(complete))
     def _some():

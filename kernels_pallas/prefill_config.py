@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from kernels_pallas import mosaic, tuning
 from kernels_pallas.mosaic import MULTIPROCESSORS, ROWS
 
+UNIT = 128  # tokens that a prefix common to all lanes is rounded down to, a multiple of every block
 QUERY_SLOTS = 2  # tiles whose queries are in shared memory: one in work, one fetched
 FP8 = jnp.dtype(jnp.float8_e4m3fn)
 SHARED_BYTES = 226 << 10  # of a block of threads, but for its barriers

@@ -77,16 +77,43 @@ def _prefill(
     config,
     interpret,
 ):
+    problem = problem_of(q, k_pages, lengths.shape[0], scale, window, softcap, config, interpret)
+    num_kv_heads, group = problem.num_kv_heads, problem.group
+    tiles, total, limits = prefill_schedule.tiles(
+        cu_seqlens,
+        lengths,
+        span_ends,
+        num_tiles=problem.num_tiles,
+        group=group,
+        tile_slabs=problem.tile_slabs,
+        block=config.block_kv,
+        window=window,
+        cache_tokens=L2_BYTES // (2 * num_kv_heads * problem.head_dim * k_pages.dtype.itemsize),
+    )
+    operands = {
+        "tiles": tiles,
+        "total": total,
+        "end": jnp.minimum(cu_seqlens[-1:], problem.num_tokens),
+        "sinks": None if sinks is None else _sink_rows(sinks, num_kv_heads),
+        "limits": limits,
+        "scales": scales,
+    }
+    given = {name: x for name, x in operands.items() if x is not None}
+    return launch(problem, q, k_pages, v_pages, page_table, given, {}, interpret)["out"].reshape(q.shape)
+
+
+def problem_of(q, k_pages, num_rows, scale, window, softcap, config, interpret, parts=None) -> Problem:
+    """The static numbers for packed queries q [T, N, H] of `num_rows` rows."""
     num_tokens, num_heads, head_dim = q.shape
     _, num_kv_heads, page_size, _ = k_pages.shape
     group = num_heads // num_kv_heads
-    block, stages, groups = config.block_kv, config.stages, config.warpgroups
-    tile_slabs = groups * WG_SLABS
-    num_tiles = prefill_schedule.max_tiles(num_tokens, lengths.shape[0], group, tile_slabs)
-    query_buffer = mosaic.operand_buffer((QUERY_SLOTS, groups, ROWS, head_dim), q.dtype)
-    columns, query_pieces = mosaic.tiles_of(query_buffer)
-    rows_apart = prefill_config.rows_apart(head_dim)
-    problem = Problem(
+    columns, _ = mosaic.tiles_of(_query_buffer(config, head_dim, q.dtype))
+    tile_slabs = config.warpgroups * WG_SLABS
+    if parts is None:
+        num_tiles = prefill_schedule.max_tiles(num_tokens, num_rows, group, tile_slabs)
+    else:
+        num_tiles = -(-(-(-num_tokens // SLAB) * group) // tile_slabs)
+    return Problem(
         num_tokens=num_tokens,
         num_kv_heads=num_kv_heads,
         group=group,
@@ -100,66 +127,73 @@ def _prefill(
         softcap=softcap,
         config=config,
         columns=columns if interpret is None else head_dim,
-        sends_rows=rows_apart == 1,
+        sends_rows=prefill_config.rows_apart(head_dim) == 1,
         interpret=interpret is not None,
+        parts=parts,
     )
-    tiles, total, limits = prefill_schedule.tiles(
-        cu_seqlens,
-        lengths,
-        span_ends,
-        num_tiles=num_tiles,
-        group=group,
-        tile_slabs=tile_slabs,
-        block=block,
-        window=window,
-        cache_tokens=L2_BYTES // (2 * num_kv_heads * head_dim * k_pages.dtype.itemsize),
-    )
-    queries = q.reshape(num_tokens, num_kv_heads, group, head_dim)
+
+
+def _query_buffer(config, head_dim: int, dtype) -> plgpu.SMEM:
+    return mosaic.operand_buffer((QUERY_SLOTS, config.warpgroups, ROWS, head_dim), dtype)
+
+
+def launch(
+    problem: Problem, q, k_pages, v_pages, page_table, given: dict, further: dict, interpret
+) -> dict[str, jax.Array]:
+    """Run the kernel: `given` are its further operands by their names in `Refs`, `further` the types of outputs.
+
+    Returns "out" [parts * T, K, G, H] and what `further` names.
+    """
+    config, head_dim, group = problem.config, problem.head_dim, problem.group
+    block, stages, groups = config.block_kv, config.stages, config.warpgroups
+    queries = q.reshape(problem.num_tokens, problem.num_kv_heads, group, head_dim)
+    shape = (problem.num_tokens * (problem.parts or 1), *queries.shape[1:])
     if problem.interpret:  # the copy engine zero-fills past the end, the interpreter does not
         queries = jnp.pad(queries, ((0, SLAB), (0, 0), (0, 0), (0, 0)))
-    sink_rows = None if sinks is None else _sink_rows(sinks, num_kv_heads)
-    end = jnp.minimum(cu_seqlens[-1:], num_tokens)
-    operands = (queries, k_pages, v_pages, page_table, tiles, total, end)
-    optional = (sink_rows, limits, scales)
-    given = [x for x in optional if x is not None]
+    operands = {"q": queries, "k": k_pages, "v": v_pages, "table": page_table, **given}
+    outputs = {"out": mosaic.out_like(shape, q.dtype, *operands.values()), **further}
+    query_buffer = _query_buffer(config, head_dim, q.dtype)
+    _, query_pieces = mosaic.tiles_of(query_buffer)
+    rows_apart = prefill_config.rows_apart(head_dim)
+    arrivals = 1 if problem.fp8 else problem.copies  # the memory warpgroup's, or its copies'
+    scratch = {
+        "queries": plgpu.RefUnion(query_buffer, query_pieces),
+        "rows": None if problem.sends_rows else plgpu.SMEM((groups, ROWS, rows_apart, head_dim), q.dtype),
+        "k_smem": mosaic.operand_buffer((stages, block, head_dim), q.dtype),
+        "v_smem": mosaic.operand_buffer((stages, block, head_dim), q.dtype),
+        "landing": mosaic.operand_buffer((2, block, head_dim), FP8) if problem.fp8 else None,
+        "q_bar": plgpu.Barrier(
+            num_arrivals=problem.tile_slabs * (head_dim // problem.columns), num_barriers=QUERY_SLOTS
+        ),
+        "q_free": plgpu.Barrier(num_arrivals=groups, num_barriers=QUERY_SLOTS),
+        "k_bar": plgpu.Barrier(num_arrivals=arrivals, num_barriers=stages),
+        "v_bar": plgpu.Barrier(num_arrivals=arrivals, num_barriers=stages),
+        "k_free": plgpu.Barrier(num_arrivals=groups, num_barriers=stages),
+        "v_free": plgpu.Barrier(num_arrivals=groups, num_barriers=stages),
+        "landed": plgpu.Barrier(num_arrivals=problem.copies, num_barriers=2) if problem.fp8 else None,
+        "turn": plgpu.Barrier(num_arrivals=groups),
+        "tail": plgpu.Barrier(),
+    }
 
     def kernel(*refs):
-        inputs, rest = refs[: len(operands)], iter(refs[len(operands) :])
-        extras = [None if x is None else next(rest) for x in optional]
-        out, (q_smem, q_pieces), *scratch = rest
-        fields = [*inputs, *extras, out, q_smem, q_pieces, *scratch]
-        threads = Block(problem, Refs(*fields))
+        named = dict(zip((*operands, *outputs, *scratch), refs, strict=True))
+        named["q_smem"], named["q_pieces"] = named.pop("queries")
+        threads = Block(problem, Refs(**named))
         pl.when(threads.thread < groups)(lambda: attend_all(threads))
         pl.when(threads.thread == groups)(lambda: fetch_all(threads))
 
-    arrivals = 1 if problem.fp8 else problem.copies  # the memory warpgroup's, or its copies'
-    launch = plgpu.kernel(
+    results = plgpu.kernel(
         kernel,
-        out_type=mosaic.out_like(q.shape[:1] + queries.shape[1:], q.dtype, *operands, *given),
+        out_type=tuple(outputs.values()),
         grid=(config.blocks,),
         grid_names=("block",),
         num_threads=groups + 1,
         thread_name="thread",
-        scratch_types=[
-            plgpu.RefUnion(query_buffer, query_pieces),
-            None if problem.sends_rows else plgpu.SMEM((groups, ROWS, rows_apart, head_dim), q.dtype),
-            mosaic.operand_buffer((stages, block, head_dim), q.dtype),
-            mosaic.operand_buffer((stages, block, head_dim), q.dtype),
-            mosaic.operand_buffer((2, block, head_dim), FP8) if problem.fp8 else None,
-            plgpu.Barrier(num_arrivals=tile_slabs * (head_dim // problem.columns), num_barriers=QUERY_SLOTS),
-            plgpu.Barrier(num_arrivals=groups, num_barriers=QUERY_SLOTS),
-            plgpu.Barrier(num_arrivals=arrivals, num_barriers=stages),
-            plgpu.Barrier(num_arrivals=arrivals, num_barriers=stages),
-            plgpu.Barrier(num_arrivals=groups, num_barriers=stages),
-            plgpu.Barrier(num_arrivals=groups, num_barriers=stages),
-            plgpu.Barrier(num_arrivals=problem.copies, num_barriers=2) if problem.fp8 else None,
-            plgpu.Barrier(num_arrivals=groups),
-            plgpu.Barrier(),
-        ],
+        scratch_types=list(scratch.values()),
         compiler_params=plgpu.CompilerParams(approx_math=True),
         interpret=interpret,
-    )
-    return launch(*operands, *given).reshape(num_tokens, num_heads, head_dim)
+    )(*operands.values())
+    return dict(zip(outputs, results, strict=True))
 
 
 def _sink_rows(sinks: jax.Array, num_kv_heads: int) -> jax.Array:

@@ -6,6 +6,7 @@ columns as a line of 64 or 128 bytes holds, the 16-byte chunks of a line permute
 
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
+from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.mosaic.gpu.utils import bitcast, inline_ptx, memref_ptr
 from jax.extend.mlir import ir
 from jax.extend.mlir.dialects import arith
@@ -71,6 +72,19 @@ _PUT = """{{
     mul.wide.u32 address, place, 2;
     add.u64 address, address, $0;
     @p st.global.b16 [address], $1;
+}}"""
+
+
+_TAKE = """{{
+    .reg .pred p;
+    .reg .b32 place;
+    .reg .b64 address;
+    setp.lt.u32 p, $3, $4;
+    mad.lo.u32 place, $3, {head_dim}, $2;
+    mul.wide.u32 address, place, 2;
+    add.u64 address, address, $1;
+    mov.b16 $0, 0;
+    @p ld.global.b16 $0, [address];
 }}"""
 
 
@@ -165,3 +179,36 @@ def store_columns(target, values, *, interpret: bool) -> None:
         values.foreach(put)
 
     store(target, values)
+
+
+def load_columns(source, columns, padded: int, *, interpret: bool):
+    """A wgmma's values [H, padded] float32 whose first `columns` come from source [G, H] of 16 bits in global memory.
+
+    The others are zeros, whatever the source holds; `columns` is a scalar from 0 to G.
+    """
+    group, head_dim = source.shape
+    shape, layout = (head_dim, padded), plgpu.Layout.WGMMA
+    if interpret:
+        loaded = jnp.pad(source[...].T, ((0, 0), (0, padded - group)))
+        index = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=layout)
+        return jnp.where(index < columns, loaded.astype(jnp.float32), 0.0)
+
+    @plgpu.inline_mgpu(
+        arg_types=(plgpu.RefType(), _SCALAR),
+        return_type=plgpu.ShapeDtypeStruct(shape, source.dtype, layout=layout),
+    )
+    def load(_, source, columns):
+        i16, i32 = ir.IntegerType.get_signless(16), ir.IntegerType.get_signless(32)
+        element = ir.MemRefType(source.type).element_type
+        code, pointer = _TAKE.format(head_dim=head_dim), memref_ptr(source)
+        zero = arith.constant(i32, 0)
+
+        def take(_, index):
+            row, column = (arith.index_cast(i32, i) for i in index)
+            operands = pointer, row, column, columns.registers.item()
+            return bitcast(inline_ptx(code, *operands, result_types=i16, has_side_effects=True), element)
+
+        like = mgpu.FragmentedArray.splat(zero, shape, layout.to_mgpu(), is_signed=True)
+        return like.foreach(take, create_array=True)
+
+    return load(source, columns).astype(jnp.float32)

@@ -17,24 +17,49 @@ class Paged:
     lengths: np.ndarray  # [R] int32
 
 
-def paged(rng, lengths, num_kv_heads, head_dim, page_size, *, spare_pages=3, poison=np.nan, dtype=np.float32):
-    """Random KV of the given lengths; pages of no row and offsets past a length hold `poison`."""
+def paged(
+    rng,
+    lengths,
+    num_kv_heads,
+    head_dim,
+    page_size,
+    *,
+    common=0,
+    spare_pages=3,
+    poison=np.nan,
+    dtype=np.float32,
+):
+    """Random KV of the given lengths; pages of no row and offsets past a length hold `poison`.
+
+    The first `common` tokens, of whole pages, are the same for all rows of a length, which is greater; their pages
+    are the first of the first row in any case.
+    """
     lengths = np.asarray(lengths, np.int32)
     counts = [-(-int(n) // page_size) for n in lengths]
-    max_pages = max([*counts, 1])
-    num_pages = sum(counts) + spare_pages
+    max_pages = max([*counts, common // page_size, 1])
+    num_pages = sum(counts) + max(spare_pages, common // page_size)
     order = rng.permutation(num_pages)
     shape = (num_pages, num_kv_heads, page_size, head_dim)
     k_pages, v_pages = np.full(shape, poison, dtype), np.full(shape, poison, dtype)
     page_table = np.full((len(lengths), max_pages), order[-1], np.int32)  # unused entries: a poisoned page
     keys, values, taken = [], [], 0
+    shared = order[:0]
+    if common:
+        shared, taken = order[: common // page_size], common // page_size
+        page_table[0, : len(shared)] = shared
+        first = rng.normal(size=(2, num_kv_heads, common, head_dim)).astype(dtype)
     for row, length in enumerate(lengths):
         k = rng.normal(size=(num_kv_heads, length, head_dim)).astype(dtype)
         v = rng.normal(size=(num_kv_heads, length, head_dim)).astype(dtype)
+        own = counts[row]
+        if common and length:
+            k[:, :common], v[:, :common] = first
+            page_table[row, : len(shared)] = shared
+            own -= len(shared)
         keys.append(k.astype(np.float64))
         values.append(v.astype(np.float64))
-        page_table[row, : counts[row]] = order[taken : taken + counts[row]]
-        taken += counts[row]
+        page_table[row, counts[row] - own : counts[row]] = order[taken : taken + own]
+        taken += own
         for t in range(length):
             page = page_table[row, t // page_size]
             k_pages[page, :, t % page_size] = k[:, t]

@@ -62,11 +62,14 @@ def random_update(
     dtype,
     page_dtype=None,
     scales=None,
+    common=0,
     seed=0,
 ) -> Update:
     """`scales` (k, v) belong to 8-bit pages, of `page_dtype`; the pages are of `dtype` without it."""
     rng = np.random.default_rng(seed)
-    kv = oracle.paged(rng, lengths, num_kv_heads, head_dim, page_size, dtype=page_dtype or dtype)
+    kv = oracle.paged(
+        rng, lengths, num_kv_heads, head_dim, page_size, common=common, dtype=page_dtype or dtype
+    )
     for lane, length in enumerate(kv.lengths):
         if length:
             page, offset = kv.page_table[lane, (length - 1) // page_size], (length - 1) % page_size
