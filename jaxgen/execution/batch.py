@@ -132,12 +132,16 @@ class RowMirror:
         return needs
 
 
-def pack_decode(plan: Plan, lanes: int, rows: int) -> np.ndarray:
-    """The int32 upload of a decode step of `lanes` lanes out of `rows` state rows."""
+def pack_decode(plan: Plan, lanes: int, rows: int, common: int = 0) -> np.ndarray:
+    """The int32 upload of a decode step of `lanes` lanes out of `rows` state rows.
+
+    `common`: tokens that all lanes have in the same pages.
+    """
     packing = layout.decode_layout(lanes)
     packed = np.full(packing.size, rows, np.int32)
     fields = packing.views(packed)
     fields["rows"][: len(plan.rows)] = plan.rows
+    fields["common"][0] = common
     if plan.page_updates:
         fields["updates"][: len(plan.page_updates)] = plan.page_updates
     return packed

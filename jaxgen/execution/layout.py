@@ -57,8 +57,9 @@ def decode_layout(lanes: int) -> Layout:
 
     rows [B]: state row of each lane (out of range = padding).
     updates [B, 3]: newly assigned pages as (row, column of the page table, page); padding is out of range.
+    common [1]: tokens that all lanes have in the same pages, for steps that read them once.
     """
-    return Layout.of({"rows": (lanes,), "updates": (lanes, 3)})
+    return Layout.of({"rows": (lanes,), "updates": (lanes, 3), "common": (1,)})
 
 
 def prefill_layout(

@@ -38,8 +38,9 @@ class StepKey(NamedTuple):
     """One compiled step.
 
     size: pages (copy), lanes (decode), packed tokens (prefill) or rows of the lane state (newest tokens). rows:
-    prefill only. steps: tokens of each lane in one launch, decode only. widths: of the sparse edits and of the
-    requested log-probabilities in the lane state. A refill has the fields of its step that its upload depends on.
+    prefill only. widths: of the sparse edits and of the requested log-probabilities in the lane state. Of decode
+    alone are steps, tokens of each lane in one launch, and shared: a common prefix is read once. A refill has the
+    fields of its step that its upload depends on.
     """
 
     kind: str
@@ -48,6 +49,7 @@ class StepKey(NamedTuple):
     variant: Variant | None = None
     widths: tuple[int, int] = NO_WIDTHS
     steps: int = 1
+    shared: bool = False
 
     @property
     def refill(self) -> StepKey:
@@ -68,7 +70,8 @@ class StepKey(NamedTuple):
     def __str__(self) -> str:
         second = self.rows or self.steps
         shape = str(self.size) if not self.rows and second == 1 else f"{self.size} x {second}"
-        return f"{self.kind} {shape} {tuple(self.variant) if self.variant else ''}".rstrip()
+        variant = f" {tuple(self.variant)}" if self.variant else ""
+        return f"{self.kind} {shape}{variant}{' shared' if self.shared else ''}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,7 +143,7 @@ class Programs:
             return jitted.lower(packed, packed)
         assert key.variant is not None
         if key.kind == DECODE:
-            function = decode_step(self.spec, key.size, key.steps, key.variant)
+            function = decode_step(self.spec, key.size, key.steps, key.variant, key.shared)
         else:
             function = prefill_step(self.spec, key.size, key.rows, key.variant)
         state_out = jax.tree.map(lambda _: self.replicated, shapes.state)

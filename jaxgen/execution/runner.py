@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxgen.checkpoint.types import Checkpoint
-from jaxgen.execution import layout
 from jaxgen.execution.batch import RowMirror, needs_of, pack_decode, pack_prefill, wants_input_logprobs
 from jaxgen.execution.kv_cache import KVShape
 from jaxgen.execution.programs import COPY, DECODE, NEWEST, NO_WIDTHS, PREFILL, REFILL, StepKey, array_bytes
@@ -64,6 +63,7 @@ class DecodeUpload:
 
     key: StepKey
     rows: np.ndarray  # rows of the lanes in the lane state
+    common: int  # tokens that all lanes have in the same pages
     packed: jax.Array | None
     wants_logprobs: bool
     wants_hidden: bool
@@ -149,7 +149,7 @@ class Runner:
             return
         assert key.variant is not None
         if key.kind == DECODE:
-            packed = np.full(layout.decode_layout(key.size).size, self.config.rows, np.int32)
+            packed = pack_decode(Plan(kind=DECODE), key.size, self.config.rows)
         else:
             packed = pack_prefill(Plan(kind=PREFILL), self.mirror, [], key.size, key.rows, key.variant)
         self._run(key, self._upload(key, packed))
@@ -225,10 +225,13 @@ class Runner:
     def _launch_decode(self, plan: Plan) -> Launched:
         decode = self._decode
         if decode is None or plan.membership_changed:
-            variant = self._variant(plan.lanes)
+            variant, rows = self._variant(plan.lanes), np.array([r.row for r in plan.lanes], np.int32)
+            common = self.steps.sharing.tokens(self.mirror.table[rows], plan.lengths - plan.steps)
+            widths = self.steps.shapes.widths
             decode = DecodeUpload(
-                key=self.steps.choice.decode(len(plan.lanes), plan.steps, variant, self.steps.shapes.widths),
-                rows=np.array([request.row for request in plan.lanes], np.int32),
+                key=self.steps.choice.decode(len(rows), plan.steps, variant, widths, common > 0),
+                rows=rows,
+                common=common,
                 packed=None,
                 wants_logprobs=any(r.return_logprob for r in plan.lanes),
                 wants_hidden=self.config.return_hidden and any(r.return_hidden for r in plan.lanes),
@@ -236,7 +239,7 @@ class Runner:
         if decode.packed is None or plan.page_updates:
             # Without news the upload of the step before serves again: its page updates are in place already.
             self.mirror.assign_pages(plan.page_updates)
-            packed = pack_decode(plan, decode.key.size, self.config.rows)
+            packed = pack_decode(plan, decode.key.size, self.config.rows, decode.common)
             decode = dataclasses.replace(decode, packed=self._upload(decode.key, packed))
         self._decode = decode
         assert decode.packed is not None

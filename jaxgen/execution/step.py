@@ -86,19 +86,20 @@ def slots_of(table: jax.Array, position: jax.Array, active: jax.Array, page_size
     return jnp.where(active, slot, num_pages * page_size)
 
 
-def decode_step(spec: StepSpec, lanes: int, steps: int, variant: Variant) -> Callable:
+def decode_step(spec: StepSpec, lanes: int, steps: int, variant: Variant, shared: bool) -> Callable:
     """(weights, kv, state, packed int32) -> (StepOutput, kv, state): a token for each of B lanes, `steps` times.
 
-    A lane stops at the last token it may draw. Tokens end in `state.drawn`, [K, R].
+    A lane stops at the last token it may draw. Tokens end in `state.drawn`, [K, R]. `shared`: the lanes' common
+    prefix is read once for all.
     """
 
-    def one(index, weights, kv, state: L.LaneState, rows, batch_table):
+    def one(index, weights, kv, state: L.LaneState, rows, batch_table, common):
         """The step of this index."""
         length = state.length.at[rows].get(mode="clip")  # [B]
         active = (rows < state.rows) & (length < state.ints.at[rows, L.LIMIT].get(mode="clip"))
         rows = jnp.where(active, rows, state.rows)
         position = jnp.where(active, length, 0)
-        batch = DecodeBatch(page_table=batch_table, lengths=jnp.where(active, position + 1, 0))
+        batch = DecodeBatch(batch_table, jnp.where(active, position + 1, 0), common if shared else None)
         model = spec.model(weights)
         tokens = state.token.at[rows].get(mode="clip")
         hidden, pages = model(tokens, position, pair_pages(kv), batch)  # [B, D]
@@ -122,7 +123,7 @@ def decode_step(spec: StepSpec, lanes: int, steps: int, variant: Variant) -> Cal
 
         def body(carry, index):
             pages, state = carry
-            return one(index, weights, pages, state, rows, batch_table)
+            return one(index, weights, pages, state, rows, batch_table, fields["common"])
 
         (kv, state), (logprobs, hidden) = jax.lax.scan(body, (tuple(kv), state), jnp.arange(steps))
         return StepOutput(logprobs, None, hidden), kv, state

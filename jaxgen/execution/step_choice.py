@@ -45,7 +45,8 @@ class StepChoice:
     """Picks the least step that serves a batch.
 
     variants: those compiled per bucket, least first; prefill knows only the first and the last. steps: (lanes,
-    steps of one launch) of each decode bucket. is_compiled(key): where steps are compiled in the background, a
+    steps of one launch) of each decode bucket. shared_buckets: the decode buckets that also have steps for a common
+    prefix. is_compiled(key): where steps are compiled in the background, a
     larger one serves until the right one is there. `widths` of the methods: of the sparse edits and of the
     requested log-probabilities in the lane state.
     """
@@ -56,10 +57,12 @@ class StepChoice:
         variants: tuple[Variant, ...],
         steps: tuple[tuple[int, int], ...],
         vocab_size: int,
+        shared_buckets: tuple[int, ...] = (),
         is_compiled: Callable[[StepKey], bool] = lambda key: True,
     ):
         self._launch_steps = steps
         self.config, self.variants, self.vocab_size = config, variants, vocab_size
+        self._shared_buckets = shared_buckets
         self._is_compiled = is_compiled
         self.copy_key = StepKey(COPY, config.prefill_buckets[-1][1])
         self.newest_key = StepKey(NEWEST, config.rows)
@@ -72,7 +75,10 @@ class StepChoice:
             if config.precompile_prefill and variant in (self.variants[0], self.variants[-1]):
                 keys += [StepKey(PREFILL, *b, variant, widths) for b in self._prefill_buckets(variant)]
             if config.precompile_decode:
-                keys += self._decode_keys(variant, widths)
+                keys += self._decode_keys(variant, widths, self._decode_buckets(variant))
+        if config.precompile_decode:
+            shared = self._decode_keys(self.variants[0], widths, self._shared_buckets)
+            keys += [key._replace(shared=True) for key in shared]
         return sorted(_with_refills(keys), key=lambda key: -key.size)
 
     def first_keys(self, widths: tuple[int, int]) -> list[StepKey]:
@@ -101,7 +107,8 @@ class StepChoice:
         def order(key: StepKey) -> tuple:
             """Steps after the refills they need; common ones and powers of two before others."""
             is_step = key.kind in (DECODE, PREFILL)
-            return is_step, self._is_rare(key.variant), key.size.bit_count() > 1, -key.size
+            rare = self._is_rare(key.variant)
+            return is_step, rare, key.shared, key.size.bit_count() > 1, -key.size
 
         return sorted(rest, key=order)
 
@@ -123,8 +130,15 @@ class StepChoice:
                 return variant
         return Variant(True, True, min(power_of_two(top), self.vocab_size))
 
-    def decode(self, lanes: int, steps: int, variant: Variant, widths: tuple[int, int]) -> StepKey:
-        """The decode step for so many lanes and so many tokens of each."""
+    def decode(
+        self, lanes: int, steps: int, variant: Variant, widths: tuple[int, int], shared: bool = False
+    ) -> StepKey:
+        """The decode step for so many lanes and so many tokens of each; for a common prefix if there is one."""
+        if shared and variant == self.variants[0]:
+            fitting = [b for b in self._shared_buckets if b >= lanes]
+            sharing = [StepKey(DECODE, b, 0, variant, widths, steps, True) for b in fitting]
+            if found := next(filter(self._is_compiled, sharing), None):
+                return found
         buckets = [b for b in self._decode_buckets(variant) if b >= lanes]
         keys = [StepKey(DECODE, b, 0, variant, widths, steps) for b in buckets]
         beyond = StepKey(DECODE, min(power_of_two(lanes), self.config.rows), 0, variant, widths, steps)
@@ -172,10 +186,12 @@ class StepChoice:
                     "strict_compile=True forbids compiling now; ask for less, or start without strict_compile"
                 )
 
-    def _decode_keys(self, variant: Variant, widths: tuple[int, int]) -> list[StepKey]:
+    def _decode_keys(
+        self, variant: Variant, widths: tuple[int, int], buckets: tuple[int, ...]
+    ) -> list[StepKey]:
         """The decode steps of a variant; those of a coarse bucket may differ in their number of steps."""
         keys, above = [], 0
-        for bucket in self._decode_buckets(variant):
+        for bucket in buckets:
             wanted = {steps for lanes, steps in self._launch_steps if above < lanes <= bucket}
             keys += [StepKey(DECODE, bucket, 0, variant, widths, steps) for steps in sorted(wanted)]
             above = bucket

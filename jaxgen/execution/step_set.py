@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 import jax
 
 from jaxgen.execution import kv_cache, lanes
+from jaxgen.execution.common_prefix import PrefixSharing
 from jaxgen.execution.compile import BackgroundCompilation, StartupCompilation, StepTable
 from jaxgen.execution.kv_cache import KVShape
 from jaxgen.execution.memory_plan import MemoryPlanner
@@ -37,7 +38,8 @@ class StepSet:
     """Steps by key, compiled at start-up, in the background or when they are wanted.
 
     weight_bytes: per device. decode_steps: (lanes, steps of one launch) of each decode bucket. choice: which
-    step serves a batch. shapes: of KV pages and lane state, for which steps are compiled now.
+    step serves a batch. sharing: when a common prefix is read once. shapes: of KV pages and lane state, for which
+    steps are compiled now.
     """
 
     def __init__(
@@ -51,8 +53,14 @@ class StepSet:
         self.weight_bytes = sum(map(shard_bytes, builder.params.values()))
         self.decode_steps = launch_steps(config, self.weight_bytes, device.platform)
         variants = startup_variants(device.platform, model_config.vocab_size)
+        self.sharing = PrefixSharing.of(config, model_config, mesh.shape["tensor"])
         self.choice = StepChoice(
-            config, variants, self.decode_steps, model_config.vocab_size, self._is_compiled
+            config,
+            variants,
+            self.decode_steps,
+            model_config.vocab_size,
+            self.sharing.buckets(config.decode_buckets),
+            self._is_compiled,
         )
         self._builder, self._model_config, self._config = builder, model_config, config
         self._replicated = sharding_for(mesh, ())

@@ -51,6 +51,7 @@ class DecodeBatch:
 
     page_table: jax.Array  # [B, MP]
     lengths: jax.Array  # [B] KV tokens including the new one; 0 for an empty lane
+    common_prefix: jax.Array | None = None  # [1] tokens that all lanes have in the first one's pages
 
 
 AttentionBatch = PrefillBatch | DecodeBatch
@@ -120,6 +121,7 @@ def attend_decode(
         v_scale=kv_scale,
         deterministic=backends.deterministic,
         ahead=ahead,
+        common_prefix=batch.common_prefix,
         implementation=backends.decode,
     )
     lanes, kv_heads, rows, head_dim = qkv.shape
