@@ -36,6 +36,7 @@ class PrefixSharing:
         attention = config.attention
         is_possible = (
             device_without_kernels() is None
+            and np.dtype(config.param_dtype).itemsize == 2
             and attention.decode != "reference"
             and not attention.deterministic
             and None in model.sliding_windows

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from jaxgen import Engine
+from jaxgen.execution import common_prefix
 
 pytestmark = pytest.mark.gpu
 GOLDEN = Path(__file__).parent.parent / "golden"
@@ -53,17 +54,20 @@ def test_tiny_checkpoints_give_hugging_faces_tokens_in_float32(family):
         np.testing.assert_allclose(found, case["prompt_logprobs"][-len(found) :], atol=1e-3)
 
 
+def real_model() -> str:
+    if path := os.environ.get("JAXGEN_TEST_GGUF"):
+        return path
+    from jaxgen.checkpoint.demo import demo_model_path
+
+    return str(demo_model_path())
+
+
 @pytest.mark.real_model
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_real_model_agrees_with_hugging_face_in_float32(dtype):
-    path = os.environ.get("JAXGEN_TEST_GGUF")
-    if path is None:
-        from jaxgen.checkpoint.demo import demo_model_path
-
-        path = demo_model_path()
     cases = json.loads((GOLDEN / "smollm2" / "golden.json").read_text(encoding="utf-8"))
     exact = dtype == "float32"
-    with start(path, dtype, context_length=512) as engine:
+    with start(real_model(), dtype, context_length=512) as engine:
         outputs = engine.generate(input_ids=[c["input_ids"] for c in cases], sampling_params=GREEDY)
         scored = engine.generate(
             input_ids=[c["input_ids"] + c["output_ids"] for c in cases],
@@ -88,6 +92,39 @@ def test_the_real_model_agrees_with_hugging_face_in_float32(dtype):
         figures = f"agreement {np.mean(agree):.3f}, mean |d logprob| {error.mean():.4f}"
         assert np.mean(agree) >= HF_BFLOAT16_AGREEMENT - 0.02, figures
         assert error.mean() <= 1.5 * HF_BFLOAT16_ERROR, figures
+
+
+@pytest.mark.real_model
+def test_lanes_with_a_common_prefix_give_the_tokens_of_lanes_that_read_it_each(monkeypatch):
+    """As often as bfloat16 lets two ways of summing agree."""
+    monkeypatch.setattr(common_prefix, "LEAST_BYTES", 1)
+    cases = json.loads((GOLDEN / "smollm2" / "golden.json").read_text(encoding="utf-8"))
+    text = [token for case in cases for token in case["input_ids"] + case["output_ids"]]
+    prefix = (text * 4)[:400]
+    prompts = [prefix + text[start : start + 3 + start % 17] for start in range(40)]
+    found = []
+    for shares in (True, False):
+        if not shares:
+            monkeypatch.setattr(common_prefix.PrefixSharing, "buckets", lambda *_: ())
+        with Engine(
+            model_path=real_model(),
+            skip_tokenizer_init=True,
+            dtype="bfloat16",
+            device="cuda",
+            max_running_requests=40,
+            context_length=512,
+            cuda_graph_bs_decode=[40],
+            cuda_graph_bs_prefill=[1024],
+            chunked_prefill_size=1024,
+        ) as engine:
+            assert engine.wait_until_compiled()
+            used, run = set(), engine._runner._run
+            engine._runner._run = lambda key, packed, used=used, run=run: used.add(key) or run(key, packed)
+            outputs = engine.generate(input_ids=prompts, sampling_params=GREEDY)
+        assert any(key.shared for key in used) == shares
+        found.append(np.array([output["output_ids"] for output in outputs]))
+    first, second = (ids[:, :4] for ids in found)  # later ones part for good where one differs
+    assert (first == second).mean() >= HF_BFLOAT16_AGREEMENT**2, (first == second).mean(axis=0)
 
 
 def test_shutdown_returns_the_device_memory():

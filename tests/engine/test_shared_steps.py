@@ -1,10 +1,8 @@
 """Lanes that begin with the same pages may have them read once for all; nothing a caller sees depends on it."""
 
-from dataclasses import replace
-
 import jax.numpy as jnp
 import pytest
-from tiny_engine import greedy, prompt_of
+from tiny_engine import CONTEXT, PAGE, greedy, prompt_of
 from workload import assert_idle, strict_engine
 
 from jaxgen.execution import common_prefix, step_set
@@ -28,14 +26,9 @@ def sharing(monkeypatch):
             page_table = jnp.where(is_common, page_table[:1], page_table)
         return decode(qkv, k_pages, v_pages, page_table, *operands, **options)
 
-    of = common_prefix.PrefixSharing.of
-    monkeypatch.setattr(common_prefix, "device_without_kernels", lambda: None)
+    always = common_prefix.PrefixSharing(PAGE, token_bytes=common_prefix.LEAST_BYTES, most_tokens=CONTEXT)
     monkeypatch.setattr(common_prefix, "LEAST_LANES", 2)
-    monkeypatch.setattr(
-        common_prefix.PrefixSharing,
-        "of",
-        lambda *args: replace(of(*args), token_bytes=common_prefix.LEAST_BYTES),
-    )
+    monkeypatch.setattr(common_prefix.PrefixSharing, "of", lambda *_: always)
     monkeypatch.setattr(attention, "paged_decode_update", decode_by_first_table)
     variants = (PLAIN, Variant(True, True, 20))
     monkeypatch.setattr(step_set, "startup_variants", lambda platform, vocab_size: variants)
