@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 from jaxgen.execution.runner import StepResult
 from jaxgen.execution.sampler import Logprobs
 from jaxgen.logprobs import StepLogprobs
@@ -9,41 +11,42 @@ from jaxgen.scheduling.plan import Chunk, Plan
 
 
 class Extras:
-    """Files a step's log-probabilities and hidden states with the requests that asked for them."""
+    """Files a step's log-probabilities and hidden states with the requests that asked for them.
+
+    Made before the scheduler takes the step's tokens: what has ended by then gets nothing any more.
+    """
 
     def __init__(self, plan: Plan, result: StepResult):
         self._plan, self._result = plan, result
         self._logprobs, self._input_logprobs = _entries(result.logprobs), _entries(result.input_logprobs)
-        self._empty = result.logprobs is None and result.hidden is None and result.input_logprobs is None
-        # The lanes that go on, and how many tokens each had before this step.
-        lanes = () if self._empty else enumerate(plan.lanes)
+        empty = result.logprobs is None and result.hidden is None and result.input_logprobs is None
+        # What goes on, and how many tokens each request had before this step.
+        chunks, lanes = ((), ()) if empty else (enumerate(plan.chunks), enumerate(plan.lanes))
+        self._chunks = [
+            (i, c, len(c.request.output_ids)) for i, c in chunks if c.request.finish_reason is None
+        ]
         self._lanes = [(i, r, len(r.output_ids)) for i, r in lanes if r.finish_reason is None]
 
-    def record_chunks(self) -> None:
-        """What prefill rows asked for; before the scheduler takes their tokens."""
-        if self._empty:
-            return
-        offset = 0
-        for row, chunk in enumerate(self._plan.chunks):
-            if chunk.request.finish_reason is None:
-                self._record_chunk(chunk, row, offset)
-            offset += chunk.length
+    def record(self) -> None:
+        """What was asked for, for each token that the scheduler has taken from this step."""
+        offsets = [0, *itertools.accumulate(chunk.length for chunk in self._plan.chunks)]
+        for row, chunk, before in self._chunks:
+            self._record_chunk(chunk, row, offsets[row], before)
+        self._record_lanes(offsets[-1])
 
-    def record_lanes(self) -> None:
-        """What decode lanes asked for, for each token that the scheduler has taken from this step."""
-        plan, hidden = self._plan, self._result.hidden
-        num_lanes, first_row = len(plan.lanes), len(plan.chunks)
-        first_token = sum(chunk.length for chunk in plan.chunks)
+    def _record_lanes(self, first_token: int) -> None:
+        hidden = self._result.hidden
+        num_lanes, first_row = len(self._plan.lanes), len(self._plan.chunks)
         for lane, request, before in self._lanes:
-            stop = lane + (len(request.output_ids) - before) * num_lanes
+            places = range(lane, lane + (len(request.output_ids) - before) * num_lanes, num_lanes)
             if request.return_logprob and self._logprobs is not None:
-                rows = slice(first_row + lane, first_row + stop, num_lanes)
-                request.sink.add_output_logprobs(self._logprobs, rows)
+                for i, place in enumerate(places, before):
+                    request.sink.add_output_logprobs(self._logprobs, first_row + place, request.output_ids[i])
             if request.return_hidden and hidden is not None:
-                for place in range(lane, stop, num_lanes):
+                for place in places:
                     request.sink.add_next_hidden(hidden[first_token + place])
 
-    def _record_chunk(self, chunk: Chunk, row: int, offset: int) -> None:
+    def _record_chunk(self, chunk: Chunk, row: int, offset: int, before: int) -> None:
         request, sink, hidden = chunk.request, chunk.request.sink, self._result.hidden
         if request.return_logprob and request.logprob_start >= 0 and self._input_logprobs is not None:
             span = slice(offset, offset + chunk.length)
@@ -51,11 +54,12 @@ class Extras:
         if not chunk.last:
             return
         if request.return_logprob and self._logprobs is not None:
-            sink.add_output_logprobs(self._logprobs, slice(row, row + 1))
+            token = request.output_ids[before] if len(request.output_ids) > before else None
+            sink.add_output_logprobs(self._logprobs, row, token)
         if request.return_hidden and hidden is not None:
             vectors = hidden[offset : offset + chunk.length]
             # A retracted request prefills again; only the vector of its newest position is news.
-            if request.output_ids:
+            if before:
                 sink.add_next_hidden(vectors[-1])
             else:
                 sink.add_hidden(vectors)

@@ -51,11 +51,11 @@ class StepLogprobs:
     def _id_values(self) -> list[list[float]]:
         return self._arrays[3].tolist()
 
-    def top(self, rows: slice, count: int) -> list[list[Entry]]:
-        """The `count` largest of each of these rows."""
-        found = self._top[rows]
-        return found if count == self._arrays[1].shape[1] else [row[:count] for row in found]
+    def top(self, row: int, count: int) -> list[Entry]:
+        """The `count` largest of a row."""
+        found = self._top[row]
+        return found if count == len(found) else found[:count]
 
-    def of_ids(self, rows: slice, ids: Sequence[int]) -> list[list[Entry]]:
-        """One entry per id for each of these rows, whose request asked for `ids`."""
-        return [list(zip(values, ids, itertools.repeat(None))) for values in self._id_values[rows]]
+    def of_ids(self, row: int, ids: Sequence[int]) -> list[Entry]:
+        """One entry per id of a row, whose request asked for `ids`."""
+        return list(zip(self._id_values[row], ids, itertools.repeat(None)))

@@ -46,8 +46,8 @@ class Sink(Protocol):
     def add_input_logprobs(self, request: Request, start: int, logprobs: StepLogprobs) -> None:
         """Log-probabilities of the tokens after positions start, start + 1, ... of the prompt."""
 
-    def add_output_logprobs(self, logprobs: StepLogprobs, rows: slice) -> None:
-        """Log-probabilities of the next generated tokens: those of these rows."""
+    def add_output_logprobs(self, logprobs: StepLogprobs, row: int, token: int | None) -> None:
+        """A row's log-probabilities, drawn from for this token; None if the request generates none."""
 
     def add_hidden(self, vectors: np.ndarray) -> None:
         """Final-norm vectors of a prompt's last chunk, [T0, D]."""
@@ -234,14 +234,13 @@ class EngineLoop:
         result = self.runner.read(launched)
         plan = launched.plan
         extras = Extras(plan, result)
-        extras.record_chunks()
         tokens = result.tokens
         if plan.chunks:
             last = [tokens[i] for i, chunk in enumerate(plan.chunks) if chunk.last]
             tokens = last + tokens[len(plan.chunks) : len(plan.chunks) + len(plan.lanes)]
         self.throughput.count(len(tokens))
         changed = self.scheduler.collect(plan, tokens)
-        extras.record_lanes()
+        extras.record()
         self._wake.clear()
         self._deliver(changed)
         if self.scheduler.is_done and not self._inbox:

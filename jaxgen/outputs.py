@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,17 +19,16 @@ Rows = list[list[Entry] | None]
 class LogprobData:
     """Log-probabilities of one request.
 
-    Input lists have one item per prompt position S .. P-1, S being logprob_start_len; the first is None, since
-    that position is conditioned on nothing that was asked for. Output lists have one item per generated token.
-    Items of a `top` list are the largest, descending; those of a `selected` list are of the requested ids. Both
-    lists stay empty unless they are asked for.
+    Input lists have one item per prompt position S .. P-1, S being logprob_start_len; the first has no value, since
+    that position is conditioned on nothing that was asked for. Output lists have one item per generated token. Items
+    of a `top` list are the largest, descending; those of a `selected` list are of the requested ids. Both lists stay
+    empty unless they are asked for. No entry has a text yet.
     """
 
-    input_ids: list[int] = field(default_factory=list)
-    input_values: list[float | None] = field(default_factory=list)
+    input: list[Entry] = field(default_factory=list)
     input_top: Rows = field(default_factory=list)
     input_selected: Rows = field(default_factory=list)
-    output_values: list[float] = field(default_factory=list)
+    output: list[Entry] = field(default_factory=list)
     output_top: Rows = field(default_factory=list)
     output_selected: Rows = field(default_factory=list)
 
@@ -82,7 +80,7 @@ def make_output(
     emitted: Emitted | None = None,
     token_text: Callable[[int], str] | None = None,
 ) -> dict[str, Any]:
-    """The dict for one request: cumulative, or only what is new since `emitted`.
+    """The dict for one request: cumulative, or only what is new since `emitted`. It takes over the snapshot's lists.
 
     `token_text` gives the text of one id for logprob entries; without it that text is `None`.
     """
@@ -90,7 +88,7 @@ def make_output(
     output: dict[str, Any] = {}
     if snapshot.text is not None:
         output["text"] = snapshot.text[text_from:]
-    output["output_ids"] = snapshot.output_ids[ids_from:]
+    output["output_ids"] = _since(snapshot.output_ids, ids_from)
     if snapshot.prompt_token_ids is not None:
         output["prompt_token_ids"] = list(snapshot.prompt_token_ids)
     meta: dict[str, Any] = {
@@ -107,7 +105,7 @@ def make_output(
         "cache_miss_count": snapshot.cache_miss_count,
     }
     if snapshot.logprobs is not None:
-        meta.update(_logprob_lists(snapshot, snapshot.logprobs, ids_from, token_text))
+        meta |= _logprob_lists(snapshot, snapshot.logprobs, ids_from, token_text)
     if snapshot.return_hidden_states:
         meta["hidden_states"] = _hidden_states(snapshot)
     if snapshot.finish_reason is not None:
@@ -127,28 +125,31 @@ def make_output(
 def _logprob_lists(
     snapshot: RequestSnapshot, data: LogprobData, ids_from: int, token_text: Callable[[int], str] | None
 ) -> dict[str, Any]:
-    def entries(values: Sequence[float | None], ids: Sequence[int]) -> list[Entry]:
-        texts = map(token_text, ids) if token_text else itertools.repeat(None)
-        return list(zip(values, ids, texts))
-
-    def rows(found: Rows) -> Rows:
+    def entries(found: list[Entry]) -> list[Entry]:
         if token_text is None:
             return found
-        return [row and [(value, token, token_text(token)) for value, token, _ in row] for row in found]
+        return [(value, token, token_text(token)) for value, token, _ in found]
 
-    count = len(data.output_values)
+    def rows(found: Rows) -> Rows:
+        return found if token_text is None else [row and entries(row) for row in found]
+
     meta: dict[str, Any] = {
-        "input_token_logprobs": entries(data.input_values, data.input_ids),
-        "output_token_logprobs": entries(data.output_values[ids_from:], snapshot.output_ids[ids_from:count]),
-        "output_token_logprobs_length": count,
+        "input_token_logprobs": entries(data.input),
+        "output_token_logprobs": entries(_since(data.output, ids_from)),
+        "output_token_logprobs_length": len(data.output),
     }
     if snapshot.top_logprobs_num > 0:
         meta["input_top_logprobs"] = rows(data.input_top)
-        meta["output_top_logprobs"] = rows(data.output_top[ids_from:])
+        meta["output_top_logprobs"] = rows(_since(data.output_top, ids_from))
     if snapshot.token_ids_logprob:
         meta["input_token_ids_logprobs"] = rows(data.input_selected)
-        meta["output_token_ids_logprobs"] = rows(data.output_selected[ids_from:])
+        meta["output_token_ids_logprobs"] = rows(_since(data.output_selected, ids_from))
     return meta
+
+
+def _since[T](items: list[T], start: int) -> list[T]:
+    """The items from `start` on; all of them uncopied."""
+    return items[start:] if start else items
 
 
 def _hidden_states(snapshot: RequestSnapshot) -> list[Any]:

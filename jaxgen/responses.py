@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -9,7 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from jaxgen.io import RequestInput
-from jaxgen.logprobs import StepLogprobs
+from jaxgen.logprobs import Entry, StepLogprobs
 from jaxgen.outputs import Emitted, LogprobData, RequestSnapshot, make_output
 from jaxgen.scheduling.request import Request
 from jaxgen.tokenizer import TextStream
@@ -72,15 +73,10 @@ class Response:
         self._finished_at: float | None = None
         self._compiles_before = compile_count()
         self._announced = 0
-        self._logprobs = LogprobData(
-            input_ids=list(spec.prompt_ids[spec.logprob_start_len :]) if spec.logprob_start_len >= 0 else [],
-            input_values=[None],
-            input_top=[None],
-            input_selected=[None],
-            output_values=[],
-            output_top=[],
-            output_selected=[],
-        )
+        self._logprobs = LogprobData()
+        if 0 <= spec.logprob_start_len < len(spec.prompt_ids):
+            first: Entry = (None, spec.prompt_ids[spec.logprob_start_len], None)
+            self._logprobs = LogprobData(input=[first], input_top=[None], input_selected=[None])
         self._hidden: list[np.ndarray] = []
         # (tokens, text, finish reason, hidden entries): replaced whole, so a reader never sees halves.
         self._state: State = (0, None, None, 0)
@@ -119,23 +115,26 @@ class Response:
     def add_input_logprobs(self, request: Request, start: int, logprobs: StepLogprobs) -> None:
         """Entries for the tokens after positions start, start + 1, ...; a resumed request repeats earlier ones."""
         data, spec = self._logprobs, self.spec
-        first = request.logprob_start + len(data.input_values) - (start + 1)
+        first = request.logprob_start + len(data.input) - (start + 1)
         stop = min(len(logprobs), len(request.prompt_ids) - (start + 1))
-        if 0 <= first < stop:
-            rows = slice(first, stop)
-            data.input_values += logprobs.chosen[rows]
-            if spec.top_logprobs_num:
-                data.input_top += logprobs.top(rows, spec.top_logprobs_num)
-            if spec.token_ids_logprob:
-                data.input_selected += logprobs.of_ids(rows, spec.token_ids_logprob)
-
-    def add_output_logprobs(self, logprobs: StepLogprobs, rows: slice) -> None:
-        data, spec = self._logprobs, self.spec
-        data.output_values += logprobs.chosen[rows]
+        if not 0 <= first < stop:
+            return
+        rows = range(first, stop)
+        tokens = request.prompt_ids[start + 1 + first : start + 1 + stop]
+        data.input += zip(logprobs.chosen[first:stop], tokens, itertools.repeat(None))
         if spec.top_logprobs_num:
-            data.output_top += logprobs.top(rows, spec.top_logprobs_num)
+            data.input_top += [logprobs.top(row, spec.top_logprobs_num) for row in rows]
         if spec.token_ids_logprob:
-            data.output_selected += logprobs.of_ids(rows, spec.token_ids_logprob)
+            data.input_selected += [logprobs.of_ids(row, spec.token_ids_logprob) for row in rows]
+
+    def add_output_logprobs(self, logprobs: StepLogprobs, row: int, token: int | None) -> None:
+        data, spec = self._logprobs, self.spec
+        if token is not None:
+            data.output.append((logprobs.chosen[row], token, None))
+        if spec.top_logprobs_num:
+            data.output_top.append(logprobs.top(row, spec.top_logprobs_num))
+        if spec.token_ids_logprob:
+            data.output_selected.append(logprobs.of_ids(row, spec.token_ids_logprob))
 
     def add_hidden(self, vectors: np.ndarray) -> None:
         self._hidden.append(vectors.copy())
@@ -205,18 +204,14 @@ class Response:
 
     def _logprobs_of(self, tokens: int, reason: dict[str, Any] | None) -> LogprobData:
         """Entries of the prompt and of the first `tokens` output ids."""
+        if reason is not None:
+            return self._logprobs  # complete: nothing is added any more, and copies would touch every entry
         data = self._logprobs
-        started = tokens > 0 or reason is not None
-        # A prefill-only request has the distribution of the next token but no token.
-        entries = max(tokens, 1) if self.spec.max_new_tokens == 0 else tokens
-        # A request that was ended before all of its prompt was computed has fewer values than ids.
-        inputs = min(len(data.input_ids), len(data.input_values)) if started else 0
         return LogprobData(
-            input_ids=data.input_ids[:inputs],
-            input_values=data.input_values[:inputs],
-            input_top=data.input_top[:inputs],
-            input_selected=data.input_selected[:inputs],
-            output_values=data.output_values[:tokens],
-            output_top=data.output_top[:entries],
-            output_selected=data.output_selected[:entries],
+            input=data.input[:],
+            input_top=data.input_top[:],
+            input_selected=data.input_selected[:],
+            output=data.output[:tokens],
+            output_top=data.output_top[:tokens],
+            output_selected=data.output_selected[:tokens],
         )

@@ -514,11 +514,10 @@ def snapshot(**options):
 def logprobs(prompt=(1, 2, 3)):
     selected = [[(-3.0, 20, None), (-4.0, 21, None)], [(-5.0, 20, None), (-6.0, 21, None)]]
     return LogprobData(
-        input_ids=list(prompt),
-        input_values=[None, -1.0, -2.0][: len(prompt)],
+        input=list(zip([None, -1.0, -2.0], prompt, [None] * 3)),
         input_top=[None, [(-0.5, 7, None)], [(-0.25, 8, None)]][: len(prompt)],
         input_selected=[None, *selected][: len(prompt)],
-        output_values=[-0.1, -0.2],
+        output=[(-0.1, 5, None), (-0.2, 6, None)],
         output_top=[[(-0.1, 5, None)], [(-0.2, 6, None)]],
         output_selected=selected,
     )
@@ -579,8 +578,7 @@ def test_without_prompt_logprobs_the_input_lists_are_empty():
 
 def test_scoring_without_generation_keeps_the_next_distribution():
     data = LogprobData(
-        input_ids=[1],
-        input_values=[None],
+        input=[(None, 1, None)],
         output_selected=[[(-1.0, 9, None)]],
         output_top=[[(-2.0, 4, None)]],
     )
@@ -618,7 +616,7 @@ def test_incremental_chunks_hold_only_what_is_new_and_join_to_the_whole():
     }
     whole = make_output(snapshot(**wanted))
     half = logprobs()
-    half.output_values, half.output_top = half.output_values[:1], half.output_top[:1]
+    half.output, half.output_top = half.output[:1], half.output_top[:1]
     half.output_selected = half.output_selected[:1]
     first = make_output(
         snapshot(**{**wanted, "logprobs": half}, output_ids=[5], text="a", finish_reason=None),

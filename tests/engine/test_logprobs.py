@@ -229,12 +229,14 @@ def test_streamed_lists_grow_with_the_output(engine):
                                 logprob_start_len=5, top_logprobs_num=1, stream=True)  # fmt: skip
     assert len(whole["meta_info"]["output_top_logprobs"]) == 20
     engine.flush_cache()
-    for chunk in engine.generate(input_ids=ids, sampling_params=greedy(20), return_logprob=True,
-                                 logprob_start_len=5, top_logprobs_num=1, stream=True):  # fmt: skip
+    # All of them first: what was handed over grows no more.
+    for chunk in list(engine.generate(input_ids=ids, sampling_params=greedy(20), return_logprob=True,
+                                      logprob_start_len=5, top_logprobs_num=1, stream=True)):  # fmt: skip
         meta = chunk["meta_info"]
         count = meta["completion_tokens"]
         assert len(meta["output_token_logprobs"]) == meta["output_token_logprobs_length"] == count
         assert meta["output_token_logprobs"] == whole["meta_info"]["output_token_logprobs"][:count]
+        assert meta["output_top_logprobs"] == whole["meta_info"]["output_top_logprobs"][:count]
         assert meta["input_token_logprobs"] == whole["meta_info"]["input_token_logprobs"]
 
 
