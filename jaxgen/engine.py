@@ -86,7 +86,9 @@ class Engine:
         self._loop: EngineLoop | None = None
         self._runner: Runner | None = None
         self._restore_thresholds: Callable[[], None] = lambda: None
-        self._collections: contextlib.AbstractContextManager[None] = garbage.RareCollections()
+        rare = garbage.RareCollections()
+        self._collections: contextlib.AbstractContextManager[None] = rare
+        self._catch_up: Callable[[], None] = rare.catch_up
         self._closed = False
         self._closing = threading.RLock()
         self._pid = os.getpid()
@@ -113,7 +115,7 @@ class Engine:
         args.validate()
         if args.gc_threshold is not None:
             self._restore_thresholds = garbage.set_thresholds(*args.gc_threshold)
-            self._collections = contextlib.nullcontext()
+            self._collections, self._catch_up = contextlib.nullcontext(), lambda: None
         with report.phase("start backend"):
             cache = cache_directory(args.compilation_cache_dir)
             claim_device_memory(args.mem_fraction_static)
@@ -144,7 +146,10 @@ class Engine:
             args, model.vocab_size, tokenizer, limits=self._factory.limits, in_flight=self._active
         )
         self._loop = EngineLoop(
-            Scheduler(scheduler_config), runner, overlap=not args.disable_overlap_schedule
+            Scheduler(scheduler_config),
+            runner,
+            overlap=not args.disable_overlap_schedule,
+            meanwhile=self._catch_up,
         )
         self.tokenizer_manager = TokenizerManager(self, tokenizer, model, args, self._factory.limits)
         report.finish()

@@ -80,10 +80,19 @@ class Throughput:
 class EngineLoop:
     """Runs scheduler and runner on a thread of its own until `stop()`."""
 
-    def __init__(self, scheduler: Scheduler, runner: Runner, *, overlap: bool):
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        runner: Runner,
+        *,
+        overlap: bool,
+        meanwhile: Callable[[], None] = lambda: None,
+    ):
+        """`meanwhile` is called while the device computes prompts, which leaves this thread some time."""
         self.scheduler = scheduler
         self.runner = runner
         self._overlap = overlap
+        self._meanwhile = meanwhile
         self._inbox: collections.deque[Callable[[], object]] = collections.deque()
         self._wake = threading.Event()
         self._stopping = False
@@ -219,6 +228,8 @@ class EngineLoop:
         launched = None
         if isinstance(plan, Plan):
             launched = self.runner.launch(plan)
+            if plan.chunks:
+                self._meanwhile()
         worked = launched is not None or self._pending is not None
         self._collect()  # the step before, while this one runs
         self._pending = launched

@@ -317,6 +317,25 @@ def test_collections_are_rare_while_a_call_is_checked(engine, thresholds):
     assert gc.get_threshold() == thresholds
 
 
+def test_a_collection_that_was_put_off_waits_for_the_next_prompt(engine, thresholds):
+    """It runs on the engine's thread, while the device computes."""
+    seen = []
+
+    def note(phase, info):
+        if phase == "start" and info["generation"] > 0:
+            seen.append((info["generation"], threading.current_thread().name))
+
+    gc.collect()
+    for _ in range(thresholds[1] + 1):
+        gc.collect(0)
+    gc.callbacks.append(note)
+    try:
+        engine.generate("x", greedy(2))
+    finally:
+        gc.callbacks.remove(note)
+    assert seen == [(1, "jaxgen-engine")]
+
+
 def test_given_thresholds_hold_for_the_life_of_the_engine(thresholds):
     with start(gc_threshold=[5000, 20]) as engine:
         assert gc.get_threshold() == (5000, 20, thresholds[2])
