@@ -65,12 +65,13 @@ class RareCollections:
                 self._restore = lambda: None
 
     def catch_up(self) -> None:
-        """Collects the middle generation if that is due by the thresholds outside.
+        """Collects what is due by the thresholds outside, but for a full collection.
 
-        For a thread that waits for the device anyway.
+        For a thread that waits for the device anyway: what it has seen, the end of the call need not look at.
         """
         if self._inside:
             self._collect_if_due(1)
+            self._collect_if_due(0)
 
     def _collect_if_due(self, generation: int) -> None:
         is_due = gc.get_count()[generation] > self._outside[generation]

@@ -67,3 +67,12 @@ def test_collections_that_are_off_stay_off(collected, off):
         assert collected == []
     finally:
         gc.enable()
+
+
+def test_new_objects_seen_under_way_are_not_looked_at_in_the_end(collected):
+    rare = RareCollections()
+    with rare:
+        prompts = [[] for _ in range(YOUNG // 2)]
+        rare.catch_up()
+        assert collected == [0]
+    assert collected == [0] and len(prompts) == YOUNG // 2
