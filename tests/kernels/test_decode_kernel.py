@@ -321,11 +321,18 @@ def test_kernel_on_the_gpu_is_softmax_attention(heads, head_dim, page_size, scal
 
 @gpu
 @hopper
-@pytest.mark.parametrize(("lanes", "heads", "head_dim"), [(60, (14, 2), 64), (36, (32, 8), 128)])
+@pytest.mark.parametrize(
+    ("lanes", "heads", "head_dim", "config"),
+    [
+        (60, (14, 2), 64, DecodeConfig(128, 3, 1)),
+        (36, (32, 8), 128, DecodeConfig(64, 3, 1, longest_first=True)),
+        (12, (20, 5), 128, DecodeConfig(128, 2, 2, clustered=True)),
+        (12, (32, 8), 128, DecodeConfig(64, 2, 2, clustered=True)),
+    ],
+)
 @pytest.mark.parametrize("page_dtype", [BFLOAT16, FLOAT8])
-def test_many_lanes_on_the_gpu_in_blocks_of_128_tokens_or_longest_first(lanes, heads, head_dim, page_dtype):
-    config = default_config(lanes, heads[1], heads[0] // heads[1], head_dim, 4096)
-    assert config.block_kv == 128 or config.longest_first
+def test_default_configurations_of_many_lanes_on_the_gpu(lanes, heads, head_dim, config, page_dtype):
+    assert default_config(lanes, heads[1], heads[0] // heads[1], head_dim, 4096) == config
     lengths = GPU_LENGTHS * (lanes // len(GPU_LENGTHS))
     case = random_update(lengths, *heads, head_dim, 64, dtype=BFLOAT16, page_dtype=page_dtype)
     o, *pages = paged_decode_update(

@@ -31,6 +31,7 @@ def inputs(rows, num_heads, num_kv_heads, head_dim, page_size, padding=3, dtype=
     [
         ([(40, 0)], (4, 1), 64, PrefillConfig(64, 2, 2, blocks=2), {}),
         ([(20, 70), (0, 0), (3, 130)], (3, 1), 16, PrefillConfig(64, 2, 2, blocks=2), {}),
+        ([(40, 0), (33, 100)], (2, 1), 64, PrefillConfig(128, 2, 2, blocks=1), {}),
         ([(9, 200)], (7, 1), 64, PrefillConfig(64, 2, 2, blocks=2), {"window": 70, "softcap": 4.0}),
         ([(30, 100), (1, 129)], (4, 2), 128, PrefillConfig(64, 2, 1, False, blocks=2), {"with_sinks": True}),
         ([(20, 50), (30, 0)], (3, 1), 32, PrefillConfig(64, 2, 3, False, blocks=1), {"with_spans": True}),

@@ -210,7 +210,7 @@ def test_decode_asks_with_its_shape_and_runs_what_the_table_says(table, monkeypa
 
     def run(deterministic=False):
         used = []
-        monkeypatch.setattr(decode_kernel, "_decode", lambda *a: used.append(a[-2]) or (q, pages, pages))
+        monkeypatch.setattr(decode_kernel, "_decode", lambda *a, **_: used.append(a[-2]) or (q, pages, pages))
         paged_decode(*operands, implementation="mosaic", deterministic=deterministic)
         return used[0]
 
