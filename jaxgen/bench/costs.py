@@ -62,9 +62,11 @@ class ModelCosts:
     Attributes:
         weight_bytes: read by every step: all weights but an embedding table of its own (one row a token).
         layer_weights: weights that multiply every token.
-        head_weights: weights that multiply only the tokens whose logits are needed.
+        head_weights: weights that multiply only the tokens whose logits are needed: the head's, and those of the last
+            layer but for keys and values.
         kv_bytes: of one token position, all layers.
-        attention_flops: per pair of query and key, all layers.
+        attention_flops: per pair of query and key, in one layer.
+        num_layers: the last one's attention has the queries of the tokens whose logits are needed alone.
     """
 
     weight_bytes: int
@@ -72,6 +74,7 @@ class ModelCosts:
     head_weights: int
     kv_bytes: int
     attention_flops: int
+    num_layers: int
     windows: tuple[int | None, ...]
 
     @classmethod
@@ -89,17 +92,16 @@ class ModelCosts:
         table = ARCHITECTURES[config.architecture].weight_table(config)
         layers = sum(math.prod(s.shape) for path, s in table.items() if path.startswith("layers."))
         head = config.vocab_size * config.hidden_size
+        kv = 2 * config.num_kv_heads * config.head_dim
+        last = layers // config.num_layers - kv * config.hidden_size
         return cls(
             weight_bytes=layers * np.dtype(layer_dtype or param_dtype).itemsize
             + head * np.dtype(param_dtype).itemsize,
-            layer_weights=layers,
-            head_weights=head,
-            kv_bytes=2
-            * config.num_layers
-            * config.num_kv_heads
-            * config.head_dim
-            * np.dtype(kv_dtype).itemsize,
-            attention_flops=4 * config.num_layers * config.num_heads * config.head_dim,
+            layer_weights=layers - last,
+            head_weights=head + last,
+            kv_bytes=config.num_layers * kv * np.dtype(kv_dtype).itemsize,
+            attention_flops=4 * config.num_heads * config.head_dim,
+            num_layers=config.num_layers,
             windows=tuple(config.sliding_windows),
         )
 
@@ -117,19 +119,19 @@ class ModelCosts:
         """
         keys = work.keys if read_keys is None else read_keys
         read = steps * self.weight_bytes + self.kv_bytes * keys
-        flops = self._flops(work, heads=work.tokens)
+        flops = self._flops(work, needed=work)
         return max(read / rates.read_bytes_per_s, flops / rates.matrix_flops) / devices
 
-    def prefill_seconds(self, work: Work, prompts: int, rates: Rates, devices: int = 1) -> float:
-        """Floor of computing so many prompts, with the logits of each one's last token."""
-        flops = self._flops(work, heads=prompts)
+    def prefill_seconds(self, work: Work, needed: Work, rates: Rates, devices: int = 1) -> float:
+        """Floor of computing prompts, with the logits of the tokens `needed` among them."""
+        flops = self._flops(work, needed)
         return max(flops / rates.matrix_flops, self.weight_bytes / rates.read_bytes_per_s) / devices
 
-    def _flops(self, work: Work, heads: int) -> float:
+    def _flops(self, work: Work, needed: Work) -> float:
         return (
             2 * self.layer_weights * work.tokens
-            + 2 * self.head_weights * heads
-            + self.attention_flops * work.keys
+            + 2 * self.head_weights * needed.tokens
+            + self.attention_flops * ((self.num_layers - 1) * work.keys + needed.keys)
         )
 
 

@@ -28,9 +28,11 @@ def floor_seconds(workload: Workload, costs: ModelCosts, rates: Rates, devices: 
         return {"decode": decode / steps}
 
     own = Work(tokens=sum(inputs), keys=sum(costs.keys(prefix, prefix + length) for length in inputs))
-    prefill = costs.prefill_seconds(own, requests, rates, devices)
+    ends = [prefix + length for length in inputs]
+    last = Work(tokens=requests, keys=sum(costs.keys(end - 1, end) for end in ends))
+    prefill = costs.prefill_seconds(own, last, rates, devices)
     if workload.measure != "prefix":
         return {workload.measure: prefill + decode}
     whole = Work(own.tokens + prefix, own.keys + costs.keys(0, prefix))
-    cold = costs.prefill_seconds(whole, requests, rates, devices)
+    cold = costs.prefill_seconds(whole, last, rates, devices)
     return {"cold": cold + decode, "warm": prefill + decode}
