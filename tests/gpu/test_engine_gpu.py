@@ -116,6 +116,7 @@ def test_lanes_with_a_common_prefix_give_the_tokens_of_lanes_that_read_it_each(m
             cuda_graph_bs_decode=[40],
             cuda_graph_bs_prefill=[1024],
             chunked_prefill_size=1024,
+            max_total_tokens=32768,
         ) as engine:
             assert engine.wait_until_compiled()
             used, run = set(), engine._runner._run
