@@ -29,6 +29,7 @@ from jaxgen.scheduling.request import Request, abort_reason
 from jaxgen.scheduling.scheduler import Scheduler
 from jaxgen.scheduling.waiting import QueueFull
 from jaxgen.startup import StartupReport
+from jaxgen.wake import Wake
 
 logger = logging.getLogger("jaxgen")
 T = TypeVar("T")
@@ -94,7 +95,7 @@ class EngineLoop:
         self._overlap = overlap
         self._meanwhile = meanwhile
         self._inbox: collections.deque[Callable[[], object]] = collections.deque()
-        self._wake = threading.Event()
+        self._wake = Wake()
         self._stopping = False
         self._pending: Launched | None = None
         self._live: dict[str, Request] = {}
@@ -216,7 +217,6 @@ class EngineLoop:
             return
         # Unfinished but unplannable work is waiting for a time-out or for `resume`.
         self._wake.wait(IDLE_CHECK_SECONDS if self.scheduler.has_unfinished else None)
-        self._wake.clear()
 
     def _step(self) -> bool:
         """One iteration; False when there was nothing to do."""
