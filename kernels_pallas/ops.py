@@ -118,10 +118,10 @@ def paged_decode(
         k_scale, v_scale: scalars by which the stored keys and values are multiplied, those that `write_kv`
             was given (pages of float8_e4m3fn); None is 1.
         deterministic: a kernel lane's bits do not depend on the size of its batch, at some cost in speed.
-        common_prefix: [1] int32, at least 0, tokens that all lanes of length above 0 have in the same pages: each of
-            these lanes is longer, and the first row of page_table begins with the pages even if its lane is empty.
-            The kernel reads them once for all lanes, up to a multiple of 128 tokens, and a lane's result differs by
-            rounding only. It is ignored with a window or `deterministic`, and by the reference.
+        common_prefix: [1] int32, tokens that all lanes of length above 0 have in the same pages, with which the first
+            row of page_table begins even if its lane is empty. The kernel reads them once for all lanes, up to a
+            multiple of 128 tokens and not the last of any lane, and a lane's result differs by rounding only. It is
+            ignored with a window or `deterministic`, and by the reference.
         implementation: 'reference' or 'mosaic' forces one; by default the kernel where it can run.
 
     Returns:
@@ -144,7 +144,7 @@ def paged_decode(
     if runs_kernel("paged_decode", implementation, None if as_rows else reason):
         if as_rows:  # their bits do not depend on one another
             return prefill_kernel.paged_decode(*operands, **options)
-        prefix = _shared(common_prefix, q, *operands[1:4], window, deterministic)
+        prefix = _shared(common_prefix, *operands, window, deterministic)
         return decode_kernel.paged_decode(
             *operands, **options, deterministic=deterministic, common_prefix=prefix
         )
@@ -229,7 +229,9 @@ def paged_decode_update(
             epsilon=epsilon,
             deterministic=deterministic,
             ahead=ahead,
-            common_prefix=_shared(common_prefix, q, k_pages, v_pages, page_table, window, deterministic),
+            common_prefix=_shared(
+                common_prefix, q, k_pages, v_pages, page_table, lengths, window, deterministic
+            ),
             **options,
         )
     queries, k, v = reference.prepare_heads(qkv, cos, sin, q_norm, k_norm, epsilon)
@@ -454,7 +456,14 @@ def _in_own_buffers(
 
 
 def _shared(
-    common_prefix: jax.Array | None, q, k_pages, v_pages, page_table, window: int | None, deterministic: bool
+    common_prefix: jax.Array | None,
+    q,
+    k_pages,
+    v_pages,
+    page_table,
+    lengths,
+    window: int | None,
+    deterministic,
 ) -> jax.Array | None:
     """The common prefix that decode is to read once for all lanes, in a buffer of its own; None: each its own.
 
@@ -463,4 +472,6 @@ def _shared(
     unsupported = prefill_config.unsupported(q, k_pages, v_pages) is not None
     if common_prefix is None or window is not None or deterministic or unsupported:
         return None
-    return jnp.clip(common_prefix, 0, page_table.shape[1] * k_pages.shape[2])
+    capacity = page_table.shape[1] * k_pages.shape[2]
+    shortest = jnp.where(lengths > 0, lengths, capacity).min()
+    return jnp.clip(common_prefix, 0, jnp.maximum(shortest - 1, 0))

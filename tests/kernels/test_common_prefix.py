@@ -105,6 +105,18 @@ def test_whatever_prefix_is_said_to_be_common_lanes_see_all_of_their_own(own, co
     assert oracle.relative_error(got, oracle.decode(q, kv)) < 1e-2
 
 
+@pytest.mark.parametrize("said", [-5, 128, 5000])
+def test_a_prefix_that_a_lane_ends_with_is_read_as_far_as_before_its_last_token(said):
+    kv = oracle.paged(np.random.default_rng(0), [300, 129, 0, 128], 1, 64, 16, common=128, dtype=BFLOAT16)
+    q = np.random.default_rng(1).normal(size=(4, 3, 64)).astype(BFLOAT16)
+    pages = kv.k_pages, kv.v_pages
+    with interpreted(DecodeConfig(64, 2, 1), ONE_BY_ONE, 1, detect_races=False):
+        got = paged_decode(
+            q, *pages, kv.page_table, kv.lengths, common_prefix=np.int32([said]), implementation="mosaic"
+        )
+    assert oracle.relative_error(got, oracle.decode(q, kv)) < 1e-2
+
+
 # One program: only the first example pays for it.
 decode_interpreted = jax.jit(functools.partial(paged_decode, implementation="mosaic"))
 
