@@ -58,18 +58,19 @@ class PrefixSharing:
             and b * self.most_tokens * self.token_bytes >= LEAST_BYTES
         )
 
-    def tokens(self, tables: np.ndarray, lengths: np.ndarray) -> int:
+    def tokens(self, table: np.ndarray, rows: np.ndarray, lengths: np.ndarray) -> int:
         """Leading tokens that lanes have in the same whole pages; 0 where it does not pay to know.
 
-        tables: [B, MP] page ids; only those that hold the lane's tokens count. lengths: [B] KV tokens.
+        table: [R, MP] page ids, of which those that hold a lane's tokens count. rows, lengths: [B] row and KV tokens of
+        each lane.
         """
-        lanes = len(lengths)
+        lanes = len(rows)
         if lanes < LEAST_LANES or lanes * self.most_tokens * self.token_bytes < LEAST_BYTES:
             return 0
         pages = int(lengths.min()) // self.page_size
         least = -(-LEAST_BYTES // (lanes * self.token_bytes * self.page_size))  # pages
-        if pages < least or not (tables[:, least - 1] == tables[0, least - 1]).all():
+        if pages < least or not (table[rows, least - 1] == table[rows[0], least - 1]).all():
             return 0
-        differ = (tables[:, :pages] != tables[0, :pages]).any(axis=0)  # [pages]
+        differ = (table[rows, :pages] != table[rows[0], :pages]).any(axis=0)  # [pages]
         common = int(differ.argmax()) if differ.any() else pages
         return common * self.page_size if common >= least else 0

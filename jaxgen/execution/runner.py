@@ -226,7 +226,7 @@ class Runner:
         decode = self._decode
         if decode is None or plan.membership_changed:
             variant, rows = self._variant(plan.lanes), np.array([r.row for r in plan.lanes], np.int32)
-            common = self.steps.sharing.tokens(self.mirror.table[rows], plan.lengths - plan.steps)
+            common = self.steps.sharing.tokens(self.mirror.table, rows, plan.lengths - plan.steps)
             widths = self.steps.shapes.widths
             decode = DecodeUpload(
                 key=self.steps.choice.decode(len(rows), plan.steps, variant, widths, common > 0),

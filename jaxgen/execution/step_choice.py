@@ -46,9 +46,8 @@ class StepChoice:
 
     variants: those compiled per bucket, least first; prefill knows only the first and the last. steps: (lanes,
     steps of one launch) of each decode bucket. shared_buckets: the decode buckets that also have steps for a common
-    prefix. is_compiled(key): where steps are compiled in the background, a
-    larger one serves until the right one is there. `widths` of the methods: of the sparse edits and of the
-    requested log-probabilities in the lane state.
+    prefix. is_compiled(key): where steps are compiled in the background, a larger one serves until the right one is
+    there. `widths` of the methods: of the sparse edits and of the requested log-probabilities in the lane state.
     """
 
     def __init__(
