@@ -244,16 +244,9 @@ class Runner:
         self._decode = decode
         assert decode.packed is not None
         output = self._run(decode.key, decode.packed)
-        top = _top_logprobs(decode.key)
+        tokens, top = self._newest_tokens(), _top_logprobs(decode.key)
         return Launched(
-            plan,
-            self._newest_tokens(),
-            decode.rows,
-            output,
-            top,
-            decode.wants_logprobs,
-            False,
-            decode.wants_hidden,
+            plan, tokens, decode.rows, output, top, decode.wants_logprobs, False, decode.wants_hidden
         )
 
     def _launch_prefill(self, plan: Plan) -> Launched:
