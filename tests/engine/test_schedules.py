@@ -158,6 +158,21 @@ def test_greedy_batch_is_what_hugging_face_computes(family):
             assert [result["output_ids"] for result in results] == [case["greedy_ids"] for case in cases]
 
 
+@pytest.mark.parametrize("options", [{}, {"enable_mixed_chunk": True, "chunked_prefill_size": 32}])
+@pytest.mark.parametrize("family", ["llama3", "mistral"])
+def test_steps_for_tokens_alone_give_what_hugging_face_computes(family, options, monkeypatch):
+    """A GPU's plain steps, which compute the last layer for the last token of each row; one model has windows."""
+    monkeypatch.setattr(step_set, "startup_variants", lambda platform, vocab_size: (PLAIN,))
+    cases = golden_cases(family)
+    with strict_engine(model_path=str(GOLDEN / family), cuda_graph_bs_prefill=None, **options) as engine:
+        for _ in range(2):  # cold, then with every prompt cached
+            results = engine.generate(
+                input_ids=[case["prompt_ids"] for case in cases],
+                sampling_params=greedy(len(cases[0]["greedy_ids"])),
+            )
+            assert [result["output_ids"] for result in results] == [case["greedy_ids"] for case in cases]
+
+
 def test_one_row_reaches_the_context_length():
     """With one row the pool must still not be the limit of a request that fits the context."""
     with strict_engine(max_running_requests=1, cuda_graph_bs_decode=[1], max_total_tokens=512) as engine:
