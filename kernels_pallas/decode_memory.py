@@ -90,8 +90,8 @@ def longest_first(
 ) -> jax.Array:
     """The lanes in the order of falling length: number, length and the ids of the pages of the first KV block.
 
-    The first that is not `skipped`, that is.
-    Blocks of threads take them from lengths [B] and page_table [B, MP], both int32, by one load. [B, 2 + copies].
+    Blocks of threads take them from lengths [B] and page_table [B, MP], both int32, by one load. `skipped` blocks are
+    left to others. [B, 2 + copies].
     """
 
     def fields(lane, length, table):

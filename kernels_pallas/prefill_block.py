@@ -35,9 +35,7 @@ class Problem:
     columns: int  # of one copy of query rows
     sends_rows: bool  # the copy engine takes single rows of the tiles of queries
     interpret: bool
-    parts: int | None = (
-        None  # of one row's keys, all of which every query sees; None: rows of a work list, causal
-    )
+    parts: int | None = None  # of one row's keys, seen by every query; None: a work list of rows, causal
 
     @property
     def tile_slabs(self) -> int:

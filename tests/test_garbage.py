@@ -6,9 +6,8 @@ import pytest
 
 from jaxgen.garbage import YOUNG, RareCollections
 
-MANY = (
-    15 * YOUNG + YOUNG // 2
-)  # objects: more collections of new ones than the middle generation waits for outside
+# Objects: more collections of new ones than the middle generation waits for outside.
+MANY = 15 * YOUNG + YOUNG // 2
 
 
 @pytest.fixture
