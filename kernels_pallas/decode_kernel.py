@@ -59,8 +59,7 @@ def paged_decode(
     operands = (x, k_pages, v_pages, page_table, lengths, sinks, None, None, scale_operands(k_scale, v_scale))
     prefix = None
     if common_prefix is not None:
-        options = {"sm_scale": sm_scale, "softcap": softcap, "k_scale": k_scale}
-        prefix = prefix_kernel.attend(q, k_pages, v_pages, page_table, common_prefix, **options)
+        prefix = prefix_kernel.attend(q, k_pages, v_pages, page_table, common_prefix, scale, softcap, k_scale)
     o, _, _ = _decode(*operands, scale, window, softcap, None, config, None, prefix=prefix)
     return o.reshape(q.shape)
 
@@ -80,8 +79,7 @@ def paged_decode_update(
     prefix = None
     if common_prefix is not None:
         q, _, _ = reference.prepare_heads(qkv, cos, sin, q_norm, k_norm, epsilon)
-        seen = {"sm_scale": sm_scale, "softcap": softcap, "k_scale": k_scale}
-        prefix = prefix_kernel.attend(q, k_pages, v_pages, page_table, common_prefix, **seen)
+        prefix = prefix_kernel.attend(q, k_pages, v_pages, page_table, common_prefix, scale, softcap, k_scale)
     ahead = tuple(ahead) if num_lanes == 1 else ()
     o, k_pages, v_pages = _decode(*operands, *options, ahead=ahead, prefix=prefix)
     return o.reshape(num_lanes, num_kv_heads * (rows - 2), head_dim), k_pages, v_pages

@@ -112,7 +112,7 @@ def problem_of(q, k_pages, num_rows, scale, window, softcap, config, interpret, 
     if parts is None:
         num_tiles = prefill_schedule.max_tiles(num_tokens, num_rows, group, tile_slabs)
     else:
-        num_tiles = -(-(-(-num_tokens // SLAB) * group) // tile_slabs)
+        num_tiles = prefill_schedule.row_tiles(num_tokens, group, tile_slabs)
     return Problem(
         num_tokens=num_tokens,
         num_kv_heads=num_kv_heads,

@@ -14,6 +14,11 @@ FIELDS = 7  # integers of a tile
 MAX_PARTS = 1000  # numbers of parts of the work
 
 
+def row_tiles(num_tokens: int, group: int, tile_slabs: int) -> int:
+    """The tiles of one row of so many tokens."""
+    return -(-(-(-num_tokens // SLAB) * group) // tile_slabs)
+
+
 def max_tiles(num_tokens: int, num_rows: int, group: int, tile_slabs: int) -> int:
     """Upper bound of the tiles of any rows that fit the packed tokens."""
     slabs = (-(-num_tokens // SLAB) + num_rows) * group

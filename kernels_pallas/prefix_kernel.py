@@ -15,8 +15,9 @@ from jax import lax
 from kernels_pallas import mosaic, prefill_config, prefill_kernel
 from kernels_pallas.lowering import lower_once
 from kernels_pallas.mosaic import MULTIPROCESSORS
+from kernels_pallas.prefill_block import WG_SLABS
 from kernels_pallas.prefill_config import PrefillConfig
-from kernels_pallas.prefill_schedule import SLAB
+from kernels_pallas.prefill_schedule import SLAB, row_tiles
 
 MOST_PARTS = 4  # each is merged by every lane
 
@@ -38,11 +39,10 @@ class Prefix(NamedTuple):
         return (lax.div(lane, size) * group + member) * SLAB + lax.rem(lane, size)
 
 
-def attend(q, k_pages, v_pages, page_table, tokens, *, sm_scale, softcap, k_scale) -> Prefix:
+def attend(q, k_pages, v_pages, page_table, tokens, scale: float, softcap, k_scale) -> Prefix:
     """What queries [B, N, H] see of the first `tokens` [1] of the first row of `page_table`."""
     num_lanes, num_heads, head_dim = q.shape
     num_kv_heads = k_pages.shape[1]
-    scale = float(head_dim**-0.5 if sm_scale is None else sm_scale)
     scales = None if k_scale is None else jnp.stack([jnp.asarray(k_scale, jnp.float32), jnp.float32(1.0)])
     config, parts = choose_config(num_lanes, num_heads // num_kv_heads, num_kv_heads, head_dim)
     operands = (q, k_pages, v_pages, page_table, tokens, scales)
@@ -57,8 +57,7 @@ def choose_config(num_lanes: int, group: int, num_kv_heads: int, head_dim: int) 
     """
 
     def tiles(warpgroups: int) -> int:
-        slabs = -(-num_lanes // SLAB) * group
-        return -(-slabs * SLAB // (mosaic.ROWS * warpgroups)) * num_kv_heads
+        return row_tiles(num_lanes, group, warpgroups * WG_SLABS) * num_kv_heads
 
     config = prefill_config.default_config(head_dim)
     if 2 * MOST_PARTS * tiles(1) <= MULTIPROCESSORS:

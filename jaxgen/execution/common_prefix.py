@@ -65,7 +65,7 @@ class PrefixSharing:
         each lane.
         """
         lanes = len(rows)
-        if lanes < LEAST_LANES or lanes * self.most_tokens * self.token_bytes < LEAST_BYTES:
+        if lanes < LEAST_LANES or not self.most_tokens:
             return 0
         pages = int(lengths.min()) // self.page_size
         least = -(-LEAST_BYTES // (lanes * self.token_bytes * self.page_size))  # pages

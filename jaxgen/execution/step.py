@@ -156,7 +156,8 @@ def prefill_step(spec: StepSpec, tokens: int, rows: int, variant: Variant) -> Ca
             lengths=ends,
         )
         model = spec.model(weights)
-        every_token = spec.return_hidden or not variant.plain  # [T, D], else [N, D] of the rows' last
+        every_token = spec.return_hidden or not variant.plain
+        # [T, D], or [N, D] of the rows' last tokens
         hidden, pages = model(token, position, pair_pages(kv), batch, last_only=not every_token)
 
         state = _write_rows(state, f, ends, variant)

@@ -146,16 +146,20 @@ def test_a_pool_of_little_more_than_one_request_serves_sixteen():
         assert_idle(engine)
 
 
-@pytest.mark.parametrize("family", ["llama2", "llama3"])
-def test_greedy_batch_is_what_hugging_face_computes(family):
+def check_against_hugging_face(family, **options):
     cases = golden_cases(family)
-    with strict_engine(model_path=str(GOLDEN / family)) as engine:
+    with strict_engine(model_path=str(GOLDEN / family), **options) as engine:
         for _ in range(2):  # cold, then with every prompt cached
             results = engine.generate(
                 input_ids=[case["prompt_ids"] for case in cases],
                 sampling_params=greedy(len(cases[0]["greedy_ids"])),
             )
             assert [result["output_ids"] for result in results] == [case["greedy_ids"] for case in cases]
+
+
+@pytest.mark.parametrize("family", ["llama2", "llama3"])
+def test_greedy_batch_is_what_hugging_face_computes(family):
+    check_against_hugging_face(family)
 
 
 @pytest.mark.parametrize("options", [{}, {"enable_mixed_chunk": True, "chunked_prefill_size": 32}])
@@ -163,14 +167,7 @@ def test_greedy_batch_is_what_hugging_face_computes(family):
 def test_steps_for_tokens_alone_give_what_hugging_face_computes(family, options, monkeypatch):
     """A GPU's plain steps, which compute the last layer for the last token of each row; one model has windows."""
     monkeypatch.setattr(step_set, "startup_variants", lambda platform, vocab_size: (PLAIN,))
-    cases = golden_cases(family)
-    with strict_engine(model_path=str(GOLDEN / family), cuda_graph_bs_prefill=None, **options) as engine:
-        for _ in range(2):  # cold, then with every prompt cached
-            results = engine.generate(
-                input_ids=[case["prompt_ids"] for case in cases],
-                sampling_params=greedy(len(cases[0]["greedy_ids"])),
-            )
-            assert [result["output_ids"] for result in results] == [case["greedy_ids"] for case in cases]
+    check_against_hugging_face(family, cuda_graph_bs_prefill=None, **options)
 
 
 def test_one_row_reaches_the_context_length():

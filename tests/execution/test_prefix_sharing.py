@@ -12,6 +12,7 @@ from jaxgen.execution.common_prefix import LEAST_BYTES, LEAST_LANES, PrefixShari
 PAGE = 16
 # Of a prefix of one page it pays to know when 32 lanes have it.
 CHEAP = PrefixSharing(page_size=PAGE, token_bytes=LEAST_BYTES // (LEAST_LANES * PAGE), most_tokens=1024)
+NARROW = replace(CHEAP, token_bytes=CHEAP.token_bytes // 6)
 
 
 @given(st.data())
@@ -38,12 +39,8 @@ def test_tokens_are_those_of_the_leading_pages_that_all_lanes_have(data):
     ("sharing", "lanes", "tokens"),
     [
         (CHEAP, LEAST_LANES - 1, 0),  # too few lanes
-        (
-            replace(CHEAP, token_bytes=CHEAP.token_bytes // 6),
-            LEAST_LANES,
-            0,
-        ),  # too short a prefix of too few bytes
-        (replace(CHEAP, token_bytes=CHEAP.token_bytes // 6), 2 * LEAST_LANES, 4 * PAGE),
+        (NARROW, LEAST_LANES, 0),  # too short a prefix
+        (NARROW, 2 * LEAST_LANES, 4 * PAGE),
         (replace(CHEAP, most_tokens=0), LEAST_LANES, 0),  # the model or the device does not
         (CHEAP, LEAST_LANES, 4 * PAGE),
     ],
@@ -58,4 +55,4 @@ def test_buckets_are_few_and_such_that_a_prefix_may_pay():
     assert CHEAP.buckets(buckets) == (32, 64, 128, 256, 320)
     assert replace(CHEAP, most_tokens=0).buckets(buckets) == ()
     # 128 lanes would have to share more than fits the context.
-    assert replace(CHEAP, most_tokens=PAGE, token_bytes=CHEAP.token_bytes // 6).buckets(buckets) == (256, 320)
+    assert replace(NARROW, most_tokens=PAGE).buckets(buckets) == (256, 320)

@@ -20,17 +20,15 @@ GREEDY = {"temperature": 0.0, "max_new_tokens": 32, "ignore_eos": True}
 
 
 def start(path, dtype: str, **options) -> Engine:
+    small = {
+        "max_running_requests": 8,
+        "chunked_prefill_size": 128,
+        "cuda_graph_bs_decode": [8],
+        "cuda_graph_bs_prefill": [128],
+        "max_total_tokens": 4096,
+    }
     return Engine(
-        model_path=str(path),
-        skip_tokenizer_init=True,
-        dtype=dtype,
-        device="cuda",
-        max_running_requests=8,
-        chunked_prefill_size=128,
-        cuda_graph_bs_decode=[8],
-        cuda_graph_bs_prefill=[128],
-        max_total_tokens=4096,
-        **options,
+        model_path=str(path), skip_tokenizer_init=True, dtype=dtype, device="cuda", **(small | options)
     )
 
 
@@ -106,11 +104,9 @@ def test_lanes_with_a_common_prefix_give_the_tokens_of_lanes_that_read_it_each(m
     for shares in (True, False):
         if not shares:
             monkeypatch.setattr(common_prefix.PrefixSharing, "buckets", lambda *_: ())
-        with Engine(
-            model_path=real_model(),
-            skip_tokenizer_init=True,
-            dtype="bfloat16",
-            device="cuda",
+        with start(
+            real_model(),
+            "bfloat16",
             max_running_requests=40,
             context_length=512,
             cuda_graph_bs_decode=[40],

@@ -13,11 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from kernels_pallas import decode_kernel, mosaic, paged_decode, paged_decode_update, prefix_kernel
+from kernels_pallas import decode_kernel, paged_decode, paged_decode_update, prefix_kernel
 from kernels_pallas.decode_config import DecodeConfig
 from kernels_pallas.prefill_config import PrefillConfig
 from tests.kernels import oracle
 from tests.kernels.interpreter import no_races
+from tests.kernels.marks import gpu, hopper
 from tests.kernels.update_inputs import random_update
 
 BFLOAT16, FLOAT8 = ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn
@@ -186,8 +187,6 @@ def test_a_prefix_that_is_not_one_integer_is_refused(prefix):
         paged_decode_update(case.qkv, *operands, *step, common_prefix=prefix)
 
 
-gpu = pytest.mark.gpu
-hopper = pytest.mark.skipif(mosaic.device_without_kernels() is not None, reason="needs a Hopper GPU")
 OWN = [1, 0, 64, 360, 129, 2, 700]  # tokens behind the common ones
 
 

@@ -13,7 +13,6 @@ from jax.sharding import Mesh, PartitionSpec
 from kernels_pallas import (
     decode_config,
     decode_kernel,
-    mosaic,
     paged_decode,
     paged_decode_update,
     ragged_prefill,
@@ -21,6 +20,7 @@ from kernels_pallas import (
 from kernels_pallas.decode_config import DecodeConfig, default_config
 from tests.kernels import oracle
 from tests.kernels.interpreter import no_races
+from tests.kernels.marks import gpu, hopper
 from tests.kernels.update_inputs import Update, random_update
 
 BFLOAT16, FLOAT8 = ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn
@@ -262,8 +262,6 @@ def test_operands_the_kernel_cannot_take_are_named():
         paged_decode(q, kv.k_pages, kv.v_pages, kv.page_table, kv.lengths, implementation="mosaic")
 
 
-gpu = pytest.mark.gpu
-hopper = pytest.mark.skipif(mosaic.device_without_kernels() is not None, reason="needs a Hopper GPU")
 GPU_LENGTHS = [1, 0, 64, 1000, 129, 2500]
 FEATURES = {"window": 500, "softcap": 20.0, "with_sinks": True}
 

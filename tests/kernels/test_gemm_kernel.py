@@ -14,12 +14,12 @@ from kernels_pallas import (
     fused_linear_to_norm,
     gemm_config,
     gemm_kernel,
-    mosaic,
 )
 from kernels_pallas.gemm_config import GemmConfig, Product
 from tests.kernels import oracle
 from tests.kernels.interpreter import no_races
 from tests.kernels.linear_inputs import EPSILON, SHAPES, expected, flags, operands_of, products
+from tests.kernels.marks import hopper
 
 
 def interpreted(case, chosen, *, detect_races):
@@ -173,7 +173,7 @@ def test_operands_the_kernel_cannot_take_are_named():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(mosaic.device_without_kernels() is not None, reason="needs a Hopper GPU")
+@hopper
 @pytest.mark.parametrize("tokens", [16, 64, 72, 256])
 @pytest.mark.parametrize("name", ["Qwen2.5-0.5B", "Llama-3.2-1B"])
 def test_kernel_on_the_gpu_is_the_product(name, tokens):
@@ -214,7 +214,7 @@ def test_rows_for_another_norm_are_refused():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(mosaic.device_without_kernels() is not None, reason="needs a Hopper GPU")
+@hopper
 @pytest.mark.parametrize("tokens", [8, 64, 72, 256])
 @pytest.mark.parametrize("name", ["Qwen2.5-0.5B", "Llama-3.2-1B"])
 def test_norm_on_the_gpu_takes_no_launch(name, tokens):

@@ -8,11 +8,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels_pallas import fused_linear, gemv_kernel, mosaic
+from kernels_pallas import fused_linear, gemv_kernel
 from kernels_pallas.gemv_kernel import Ring
 from tests.kernels import oracle
 from tests.kernels.interpreter import no_races
 from tests.kernels.linear_inputs import EPSILON, SHAPES, expected, flags, operands_of, products
+from tests.kernels.marks import hopper
 
 
 @settings(max_examples=30, deadline=None)
@@ -92,7 +93,7 @@ def test_operands_the_kernel_cannot_take_are_named():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(mosaic.device_without_kernels() is not None, reason="needs a Hopper GPU")
+@hopper
 @pytest.mark.parametrize("name", SHAPES)
 def test_kernel_on_the_gpu_is_the_product(name):
     for size, out, chosen in products(name):

@@ -7,10 +7,11 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from kernels_pallas import glu_kernel, mosaic
+from kernels_pallas import glu_kernel
 from kernels_pallas.glu_kernel import GluConfig
 from tests.kernels import oracle
 from tests.kernels.interpreter import no_races
+from tests.kernels.marks import hopper
 
 
 def operands_of(tokens, size, out):
@@ -64,7 +65,7 @@ def test_what_the_kernel_cannot_take(tokens, shape, dtype):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(mosaic.device_without_kernels() is not None, reason="needs a Hopper GPU")
+@hopper
 @pytest.mark.parametrize("tokens", [512, 768, 8192])
 @pytest.mark.parametrize(("size", "out"), [(896, 4864), (4096, 14336)], ids=["Qwen2.5-0.5B", "Llama-3-8B"])
 def test_on_the_gpu(tokens, size, out):

@@ -10,10 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels_pallas import head_kernel, head_sample, log_probabilities, mosaic, row_sampler, sample_kernel
+from kernels_pallas import head_kernel, head_sample, log_probabilities, row_sampler, sample_kernel
 from kernels_pallas.head_kernel import HeadConfig
 from kernels_pallas.row_parts import Cut
 from tests.kernels.interpreter import no_races
+from tests.kernels.marks import hopper
 
 
 def operands(tokens, vocab_size, size, seed):
@@ -176,7 +177,7 @@ def test_operands_the_kernel_cannot_take_are_named():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(mosaic.device_without_kernels() is not None, reason="needs a Hopper GPU")
+@hopper
 @pytest.mark.parametrize(
     ("tokens", "vocab_size", "size"),
     [(8, 151936, 896), (72, 151936, 896), (256, 151936, 896), (320, 49152, 576), (64, 49152, 576)],
@@ -199,7 +200,7 @@ def test_kernel_on_the_gpu_finds_the_largest(tokens, vocab_size, size):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(mosaic.device_without_kernels() is not None, reason="needs a Hopper GPU")
+@hopper
 @pytest.mark.parametrize("tokens", [64, 160, 256])
 def test_summary_on_the_gpu_gives_the_log_probabilities(tokens):
     hidden, weight = operands(tokens, 151936, 896, tokens)

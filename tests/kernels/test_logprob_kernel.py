@@ -8,9 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels_pallas import LogitSummary, log_probabilities, logprob_kernel, mosaic
+from kernels_pallas import LogitSummary, log_probabilities, logprob_kernel
 from kernels_pallas.row_parts import Cut
 from tests.kernels.interpreter import no_races
+from tests.kernels.marks import hopper
 
 
 def rows(vocab_size, num_lanes=4, seed=0):
@@ -85,7 +86,7 @@ def test_misfits_are_named():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(mosaic.device_without_kernels() is not None, reason="needs a Hopper GPU")
+@hopper
 @pytest.mark.parametrize(("vocab_size", "top_n"), [(1024, 5), (151936, 20), (262144, 5)])
 def test_kernel_on_the_gpu_is_the_log_softmax_in_order(vocab_size, top_n):
     operands = rows(vocab_size, num_lanes=64)

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from ml_dtypes import bfloat16
 
-from kernels_pallas import decode_kernel, mosaic, paged_decode_update, prefetch
+from kernels_pallas import decode_kernel, paged_decode_update, prefetch
 from kernels_pallas.decode_config import DecodeConfig
+from tests.kernels.marks import hopper
 from tests.kernels.update_inputs import random_update
 
 MIB = 1 << 20
@@ -85,7 +86,7 @@ def test_weights_of_another_rank_are_named():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(mosaic.device_without_kernels() is not None, reason="needs a Hopper GPU")
+@hopper
 @pytest.mark.parametrize(("heads", "head_dim"), [((14, 2), 64), ((32, 8), 128)])
 def test_on_the_gpu_results_are_the_same_bits_with_weights_ahead(heads, head_dim):
     update = jax.jit(functools.partial(paged_decode_update, implementation="mosaic"))

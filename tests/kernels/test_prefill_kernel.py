@@ -13,6 +13,7 @@ from kernels_pallas import mosaic, paged_decode, prefill_config, prefill_kernel,
 from kernels_pallas.prefill_config import PrefillConfig
 from tests.kernels import oracle
 from tests.kernels.interpreter import no_races
+from tests.kernels.marks import gpu, hopper
 
 
 def inputs(rows, num_heads, num_kv_heads, head_dim, page_size, padding=3, dtype=ml_dtypes.bfloat16):
@@ -127,8 +128,6 @@ def test_what_the_kernel_cannot_take_is_refused(head_dim, dtype, reason):
         ragged_prefill(q, pages, pages, table, ends, lengths, implementation="mosaic")
 
 
-gpu = pytest.mark.gpu
-hopper = pytest.mark.skipif(mosaic.device_without_kernels() is not None, reason="needs a Hopper GPU")
 ROWS = [(1, 0), (0, 0), (700, 0), (130, 900), (1, 500), (64, 64), (5, 63)]  # new tokens, cached ones
 MIXED = [(1, 700 + 37 * i) for i in range(24)] + [(512, 0), (1, 0), (300, 1000)]
 VERIFIED = [(4 + i % 5, 61 * i) for i in range(32)]  # a few speculative tokens a row

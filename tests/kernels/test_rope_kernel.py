@@ -11,9 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels_pallas import mosaic, rope_and_write, rope_kernel
+from kernels_pallas import rope_and_write, rope_kernel
 from tests.kernels import oracle
 from tests.kernels.interpreter import no_races
+from tests.kernels.marks import hopper
 from tests.kernels.update_inputs import saturated
 
 FP8 = ml_dtypes.float8_e4m3fn
@@ -134,7 +135,7 @@ def test_operands_beyond_the_kernel_are_refused_by_name():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(mosaic.device_without_kernels() is not None, reason="needs a Hopper GPU")
+@hopper
 @pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float16])
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_kernel_agrees_on_a_gpu(case, dtype):

@@ -8,10 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels_pallas import gumbel_noise, mosaic, reference, row_sampler, sample_kernel
+from kernels_pallas import gumbel_noise, reference, row_sampler, sample_kernel
 from kernels_pallas.row_parts import Cut
 from tests.kernels import oracle
 from tests.kernels.interpreter import no_races
+from tests.kernels.marks import hopper
 
 ALL = 2**30
 
@@ -118,7 +119,7 @@ def test_candidates_of_the_tuner_lower_for_hopper():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(mosaic.device_without_kernels() is not None, reason="needs a Hopper GPU")
+@hopper
 @pytest.mark.parametrize("vocab_size", [1024, 151936, 262144])
 def test_kernel_on_the_gpu_draws_what_the_reference_draws(vocab_size):
     """Roundings differ by an ulp, so a draw in a thousand may fall on the other side of a threshold."""
@@ -131,7 +132,7 @@ def test_kernel_on_the_gpu_draws_what_the_reference_draws(vocab_size):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(mosaic.device_without_kernels() is not None, reason="needs a Hopper GPU")
+@hopper
 def test_a_lane_on_the_gpu_draws_alone_what_it_draws_in_a_batch():
     """Many times over: the parts of a row agree on every decision, or the kernel does not end well."""
     operands = [jnp.tile(x, (32, 1)[: x.ndim]) for x in rows(3.0, 32000)]

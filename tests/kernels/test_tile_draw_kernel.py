@@ -8,11 +8,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels_pallas import head_sample, mosaic, reference, row_sampler, tile_draw_kernel
+from kernels_pallas import head_sample, reference, row_sampler, tile_draw_kernel
 from kernels_pallas.head_kernel import TILE
 from kernels_pallas.reference import UNDRAWN
 from kernels_pallas.row_parts import Cut
 from tests.kernels.interpreter import no_races
+from tests.kernels.marks import hopper
 
 TILES = 96
 
@@ -91,7 +92,7 @@ def test_greedy_tokens_and_those_of_lanes_with_a_nan_are_passed_on():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(mosaic.device_without_kernels() is not None, reason="needs a Hopper GPU")
+@hopper
 @pytest.mark.parametrize("scale", [1e-5, 1.0])
 def test_head_sample_on_the_gpu_draws_what_the_reference_draws(scale):
     """Roundings differ by an ulp, so a draw in a thousand may fall on the other side of a threshold."""
